@@ -1,0 +1,55 @@
+# What one does often. Everything runs in .venv, which `make setup` makes; every target can be repeated.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test test-fast test-pythons lint format bench clean
+
+help:
+	@echo "make setup   install edgetune and everything its tests need into .venv"
+	@echo "make demo    the main job: fine-tune the bundled model on the bundled digits for a Jetson Nano"
+	@echo "make test    all tests; make test-fast leaves out the slow ones; make lint checks style and types"
+	@echo "make bench   the tables under benchmarks/ (takes long; nothing else should run beside it)"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "edgetune needs Python 3.10 or newer: make setup PYTHON=python3.x"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[export,dev]'
+	touch $(STAMP)
+
+demo: setup
+	rm -rf runs/demo runs/demo-capped
+	$(BIN)/edgetune finetune --device jetson-nano --output runs/demo
+	@echo
+	@echo "The same under a cap that binds: 348 MiB, of which a Jetson Nano's runtime takes 316."
+	$(BIN)/edgetune finetune --device jetson-nano --ram-cap 372MiB --steps 40 --output runs/demo-capped
+
+test: setup lint test-pythons
+	$(BIN)/python -m pytest -q
+
+test-fast: setup
+	$(BIN)/python -m pytest -q -m "not slow"
+
+# The core needs no torch: its tests run on every Python that is found and runs.
+test-pythons: setup
+	$(BIN)/python tools/test_pythons.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python benchmarks/memory_plan.py
+	$(BIN)/python benchmarks/defaults.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,37 @@
+"""glibc keeps freed blocks, which a cap on resident memory counts; this makes it give them back."""
+
+from __future__ import annotations
+
+import ctypes
+
+from edgetune.units import KIB, format_bytes
+
+# DeiT-Tiny at 224 px, batch 8, AdamW, torch 2.14, x86: live tensors rise 233 MiB above the warmed-up process in a step.
+# RSS rises 298 with glibc's defaults, 262 with a threshold of 1 MiB, 244 with 256 KiB, 237 with 64 KiB. On one core a
+# step takes 0.62 s of CPU with the defaults and 0.80, 0.83, 0.84 s with these: fresh pages cost a third, and the
+# smallest threshold hardly more than the largest.
+MMAP_THRESHOLD_BYTES = 64 * KIB
+MALLOC_ARENAS = 2
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+
+
+def limit_allocator(mmap_threshold_bytes: int = MMAP_THRESHOLD_BYTES) -> str:
+    """Make glibc give freed blocks of this size and larger back to the kernel; returns what was done, for the report.
+
+    Call it before other threads start: the arenas they have made stay. It saves peak and costs time, see
+    MMAP_THRESHOLD_BYTES.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        libc.gnu_get_libc_version  # noqa: B018 - a symbol only glibc has
+    except (AttributeError, OSError, TypeError):
+        return "unchanged: the C library is not glibc"
+    # The threshold first: some versions refuse one above half a heap (32 MiB), and then nothing was changed.
+    settings = (
+        (_M_MMAP_THRESHOLD, mmap_threshold_bytes),
+        (_M_TRIM_THRESHOLD, mmap_threshold_bytes),
+        (_M_ARENA_MAX, MALLOC_ARENAS),
+    )
+    if not all(libc.mallopt(option, value) for option, value in settings):
+        return f"unchanged: glibc refuses a threshold of {format_bytes(mmap_threshold_bytes)}"
+    return f"glibc returns freed blocks from {format_bytes(mmap_threshold_bytes)} on, {MALLOC_ARENAS} arenas"

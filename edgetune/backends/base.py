@@ -1,0 +1,72 @@
+"""What the trainer asks of a backend. Pure: numpy arrays go in and come out, so a fake one makes the trainer testable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.cost import Selection
+
+Images = npt.NDArray[np.float32]  # (B, 3, H, W)
+Labels = npt.NDArray[np.int64]  # (B,)
+Array = npt.NDArray[Any]
+
+
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What one optimizer step reports. The loss and the deltas are means over the step's images."""
+
+    loss: float
+    correct: int
+    images: int
+    class_token_deltas: tuple[float, ...] | None
+    updated: bool = True  # False: the loss was no finite number, and nothing changed
+
+
+class EvaluationResult(msgspec.Struct, frozen=True):
+    """Logits (B, classes) of one batch."""
+
+    logits: Any
+
+
+class Backend(Protocol):
+    """A model that can be stepped, evaluated, saved and restored."""
+
+    name: str
+
+    def step(
+        self,
+        micro_batches: Iterable[tuple[Images, Labels]],
+        selection: Selection,
+        *,
+        images: int,
+        weight_sum: float,
+        learning_rate: float,
+        seed: int,
+        with_deltas: bool,
+    ) -> StepResult:
+        """One optimizer step over `images` images, whose class weights add up to `weight_sum`."""
+        ...
+
+    def evaluate(self, inputs: Images) -> Array:
+        """Logits (B, classes) on all tokens, in eval mode; nothing of the training state changes."""
+        ...
+
+    def model_tensors(self) -> Iterator[tuple[str, Array]]:
+        """Every parameter and buffer by timm's name, one at a time."""
+        ...
+
+    def trained_names(self, selection_space: Selection) -> set[str]:
+        """Names of the parameters that may train under a selection."""
+        ...
+
+    def optimizer_tensors(self) -> Iterator[tuple[str, Array]]: ...
+
+    def optimizer_steps(self) -> dict[str, int]: ...
+
+    def restore(self, model: Mapping[str, Array], optimizer: Mapping[str, Array], steps: Mapping[str, int]) -> None:
+        """Put back what `model_tensors`, `optimizer_tensors` and `optimizer_steps` gave."""
+        ...

@@ -1,0 +1,316 @@
+"""`edgetune finetune`: the main job."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgetune.errors import UsageError
+from edgetune.units import parse_bytes
+
+if TYPE_CHECKING:
+    from edgetune.settings import RunSettings
+
+MODEL, DATA, METHOD, TRAIN, OUTPUT = "Model", "Data", "Method", "Training", "Run folder and output"
+
+
+class MethodName(str, Enum):
+    full = "full"
+    head = "head"
+    last_k = "last-k"
+    random_k = "random-k"
+    alast = "alast"
+
+
+class OptimizerChoice(str, Enum):
+    adamw = "adamw"
+    momentum = "momentum"
+    sgd = "sgd"
+
+
+class ClassWeights(str, Enum):
+    none = "none"
+    balanced = "balanced"
+
+
+def _option(*names: str, help: str, panel: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **more)
+
+
+def finetune(
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            help="Device to train for: an id of `edgetune devices list`, a TOML file, or `auto`, this machine (default). "
+            "On another machine the device is simulated under its cap.",
+            show_default=False,
+        ),
+    ] = None,
+    ram_cap: Annotated[
+        str | None,
+        typer.Option("--ram-cap", help="RAM cap in place of the device's, such as 512MiB.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        _option(
+            "--model",
+            help="timm name, `edgetune_micro`, or local-dir:FOLDER. Default: deit_tiny_patch16_224 for --data, "
+            "edgetune_micro for the bundled sample.",
+            panel=MODEL,
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None,
+        _option(
+            "--weights",
+            help="Pretrained weights: .safetensors, or .pth with tensors only. Default: timm's hub.",
+            panel=MODEL,
+        ),
+    ] = None,
+    pretrained: Annotated[
+        bool | None,
+        _option(
+            "--pretrained/--no-pretrained",
+            help="Start from pretrained weights (default) or from random ones.",
+            panel=MODEL,
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None,
+        _option(
+            "--image-size",
+            "--img-size",
+            help="Input size in pixels; position embeddings are resized. Default: the model's.",
+            panel=MODEL,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        _option(
+            "--data",
+            help="Folder of images: train/ and val/ with a folder a class, or just a folder a class. "
+            "Default: the bundled sample of handwritten digits.",
+            panel=DATA,
+        ),
+    ] = None,
+    val_share: Annotated[
+        float | None,
+        _option("--val-share", help="Share of a folder without val/ kept for validation (default 0.2).", panel=DATA),
+    ] = None,
+    max_bad: Annotated[
+        float | None,
+        _option(
+            "--max-bad",
+            help="Share of unreadable images that is skipped instead of refused (default 0.01).",
+            panel=DATA,
+        ),
+    ] = None,
+    hflip: Annotated[
+        float | None,
+        _option("--hflip", help="Probability of mirroring a training image (default 0; timm's is 0.5).", panel=DATA),
+    ] = None,
+    augment: Annotated[
+        bool | None,
+        _option("--augment", help="timm's training augmentation: random resized crop, flip, colour.", panel=DATA),
+    ] = None,
+    weighting: Annotated[
+        ClassWeights | None,
+        _option("--class-weights", help="`balanced`: rare classes weigh more in the loss (default none).", panel=DATA),
+    ] = None,
+    method: Annotated[
+        MethodName | None,
+        _option(
+            "--method",
+            help="What trains: everything, the head, the last K blocks, K random blocks a step, or ALaST's choice (default).",
+            panel=METHOD,
+        ),
+    ] = None,
+    trained_blocks: Annotated[
+        int | None,
+        _option("--trained-blocks", help="K: blocks that train in a step. Default: the plan's choice.", panel=METHOD),
+    ] = None,
+    split: Annotated[
+        str | None,
+        _option(
+            "--split",
+            help="Block below which nothing ever trains, or `auto` (default): the lowest that fits.",
+            panel=METHOD,
+        ),
+    ] = None,
+    token_floor: Annotated[
+        float | None,
+        _option(
+            "--token-floor",
+            help="Least share of its patch tokens that a block passes on under ALaST. Default: so that a quarter reaches the last block.",
+            panel=METHOD,
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        _option(
+            "--batch-size",
+            "-b",
+            help="Images an optimizer step (default 32). Unlike timm's this is the effective batch: the plan cuts it into micro-batches that fit.",
+            panel=TRAIN,
+        ),
+    ] = None,
+    grad_accum_steps: Annotated[
+        int | None,
+        _option(
+            "--grad-accum-steps",
+            help="Cut each step into this many micro-batches instead of the plan's choice. Unlike timm's it does not multiply the batch.",
+            panel=TRAIN,
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, _option("--epochs", help="Passes over the training images (default 10).", panel=TRAIN)
+    ] = None,
+    steps: Annotated[
+        int | None, _option("--steps", help="Stop after this many optimizer steps instead.", panel=TRAIN)
+    ] = None,
+    lr: Annotated[
+        float | None, _option("--lr", help="Peak learning rate. Default: the method's, for the optimizer.", panel=TRAIN)
+    ] = None,
+    opt: Annotated[OptimizerChoice | None, _option("--opt", help="Optimizer (default adamw).", panel=TRAIN)] = None,
+    weight_decay: Annotated[
+        float | None, _option("--weight-decay", help="Weight decay of matrices (default 0.05).", panel=TRAIN)
+    ] = None,
+    warmup_epochs: Annotated[
+        float | None,
+        _option(
+            "--warmup-epochs",
+            help="Epochs of linear warm-up before the cosine (default 1, at most a quarter of the run).",
+            panel=TRAIN,
+        ),
+    ] = None,
+    smoothing: Annotated[
+        float | None, _option("--smoothing", help="Label smoothing (default 0; timm's is 0.1).", panel=TRAIN)
+    ] = None,
+    threads: Annotated[
+        int | None,
+        _option("--threads", help="CPU threads. Default: the device's cores, at most this machine's.", panel=TRAIN),
+    ] = None,
+    seed: Annotated[
+        int | None, _option("--seed", help="Everything random follows from it (default 0; timm's is 42).", panel=TRAIN)
+    ] = None,
+    workers: Annotated[
+        int | None,
+        _option(
+            "--workers",
+            "-j",
+            help="Accepted for timm's sake and must be 0: one thread loads ahead, no processes (they die on 4 GB boards).",
+            panel=TRAIN,
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None, _option("--plan", help="Replay the plan.json of another run instead of planning.", panel=TRAIN)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        _option(
+            "--output",
+            help="The run folder itself; must be new or empty. Default: runs/<time>-<model>-<device>.",
+            panel=OUTPUT,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, _option("--resume", help="Go on with an interrupted run, as it was started.", panel=OUTPUT)
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        _option(
+            "--checkpoint-every",
+            help="Write a checkpoint every so many steps, besides the one each epoch.",
+            panel=OUTPUT,
+        ),
+    ] = None,
+    quiet: Annotated[bool, _option("--quiet", "-q", help="Print errors only.", panel=OUTPUT)] = False,
+    json: Annotated[
+        bool,
+        _option(
+            "--json",
+            help="Print the report as JSON on standard output, everything else on standard error.",
+            panel=OUTPUT,
+        ),
+    ] = False,
+) -> None:
+    """Fine-tune a model on images, within a device's memory.
+
+    With no options: the bundled model on the bundled digits, on this machine.
+    """
+    if workers:
+        raise UsageError(f"--workers {workers}: edgetune loads with one thread and no worker processes. Leave it out.")
+    given = {
+        "model": model,
+        "weights": None if weights is None else str(weights),
+        "pretrained": pretrained,
+        "image_px": image_size,
+        "data": None if data is None else str(data),
+        "device": device,
+        "ram_cap_bytes": None if ram_cap is None else parse_bytes(ram_cap),
+        "method": None if method is None else method.value,
+        "epochs": epochs,
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulation": grad_accum_steps,
+        "learning_rate": lr,
+        "optimizer": None if opt is None else opt.value,
+        "weight_decay": weight_decay,
+        "warmup_epochs": warmup_epochs,
+        "label_smoothing": smoothing,
+        "trained_blocks": trained_blocks,
+        "split_block": _split(split),
+        "token_floor": token_floor,
+        "hflip": hflip,
+        "augment": augment,
+        "balanced_class_weights": None if weighting is None else weighting is ClassWeights.balanced,
+        "max_bad": max_bad,
+        "val_share": val_share,
+        "checkpoint_every": checkpoint_every,
+        "threads": threads,
+        "seed": seed,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    from edgetune.cli.progress import Terminal
+
+    with Terminal(quiet=quiet, json=json) as terminal:
+        if resume is not None:
+            report = _resume(resume, given, output, plan, terminal)
+        else:
+            from edgetune import run
+
+            report = run.finetune(_settings(given), output=output, plan_file=plan, listener=terminal)
+        terminal.finished(report)
+
+
+def _resume(folder: Path, given: dict[str, Any], output: Path | None, plan: Path | None, terminal: Any) -> Any:
+    changed = sorted(set(given) - {"data"})
+    if changed or output or plan:
+        names = [name.replace("_", "-") for name in changed] + ["output"] * bool(output) + ["plan"] * bool(plan)
+        raise UsageError(
+            f"--resume goes on with the run as it was started; {', '.join(names)} can't be changed. "
+            "Only --data may be given with it, if the images have moved."
+        )
+    from edgetune import run
+
+    return run.resume(folder, data=given.get("data"), listener=terminal)
+
+
+def _settings(given: dict[str, Any]) -> RunSettings:
+    from edgetune.settings import RunSettings
+
+    if "model" not in given:
+        given["model"] = "deit_tiny_patch16_224" if "data" in given else "edgetune_micro"
+    return RunSettings(**given)
+
+
+def _split(text: str | None) -> int | None:
+    if text is None or text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise UsageError(f"--split takes `auto` or a block's number, not {text!r}.")
+    return int(text)

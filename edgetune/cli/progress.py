@@ -1,0 +1,102 @@
+"""What a run prints while it goes: a live bar on a terminal, plain lines elsewhere, nothing under --quiet."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from edgetune.report import RunReport, Scores, print_summary, report_to_json
+from edgetune.units import format_memory, format_seconds
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from edgetune.trainer import StepEvent
+
+# Plain lines are for logs: one every few seconds is enough to see that it lives.
+PLAIN_SECONDS = 5.0
+
+
+class Terminal:
+    """A `trainer.Listener` that prints. With `json`, standard output is kept for the report alone."""
+
+    def __init__(self, *, quiet: bool, json: bool) -> None:
+        self.quiet, self.json = quiet, json
+        self.console = Console(stderr=json, highlight=False, soft_wrap=True)
+        self._bars: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._last_line = 0.0
+        self.cap_bytes = 0
+
+    def __enter__(self) -> Terminal:
+        if self.console.is_terminal and not self.quiet:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+            self._bars = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, markup=False)
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self._show(what, done, total, "")
+        if done >= total:
+            self._end(what)
+
+    def step(self, event: StepEvent) -> None:
+        detail = (
+            f"loss {event.loss:.3f}  accuracy {event.train_accuracy:.1%}  {event.images_per_second:.1f} images/s  "
+            f"ETA {format_seconds(event.eta_seconds)}"
+        )
+        if self.cap_bytes:
+            detail += f"  memory {format_memory(event.memory_bytes, self.cap_bytes)}"
+        self._show("train", event.step, event.total_steps, detail)
+
+    def evaluated(self, step: int, epoch: float, scores: Scores, best: bool) -> None:
+        self.note(f"epoch {epoch:g}  step {step}  validation {scores}" + ("  (best so far)" if best else ""))
+
+    def finished(self, report: RunReport) -> None:
+        """The end of a run: the summary for people, the report for programs."""
+        self.__exit__(None, None, None)
+        if not self.quiet:
+            print_summary(report, self.console)
+        if self.json:
+            sys.stdout.write(report_to_json(report).decode() + "\n")
+
+    def _show(self, what: str, done: int, total: int, detail: str) -> None:
+        if self.quiet:
+            return
+        if self._bars is not None:
+            if what not in self._tasks:
+                self._tasks[what] = self._bars.add_task(what, total=total, detail=detail)
+            self._bars.update(self._tasks[what], completed=done, total=total, detail=detail)
+            return
+        now = time.monotonic()
+        if now - self._last_line >= PLAIN_SECONDS or (what == "train" and done == total):
+            self._last_line = now
+            self.note(f"{what} {done}/{total}  {detail}".rstrip())
+
+    def _end(self, what: str) -> None:
+        task: Any = self._tasks.pop(what, None)
+        if task is not None and self._bars is not None:
+            self._bars.remove_task(task)

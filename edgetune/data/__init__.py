@@ -1,0 +1,48 @@
+"""Real data in: image folders, one preprocessing for every backend, batches in an order that needs no state, the
+sample.
+
+Imports neither torch nor timm (`timm_augment` does, when it is called).
+"""
+
+from edgetune.data.batches import Transform, load_batch, prefetch, timm_augment
+from edgetune.data.draws import epoch_order, flip_draw, stratified_split
+from edgetune.data.folders import BadImage, DataFolder, ImageSet, class_weights, open_folder, open_for_evaluation
+from edgetune.data.images import (
+    ImageHeader,
+    UnreadableImage,
+    decode_bytes,
+    load_image,
+    open_rgb,
+    peak_decode_bytes,
+    shown,
+)
+from edgetune.data.preprocess import Preprocess, normalise, resize_and_crop
+from edgetune.data.sample import bundled_sample, default_cache_dir
+
+__all__ = [
+    "BadImage",
+    "DataFolder",
+    "ImageHeader",
+    "ImageSet",
+    "Preprocess",
+    "Transform",
+    "UnreadableImage",
+    "bundled_sample",
+    "class_weights",
+    "decode_bytes",
+    "default_cache_dir",
+    "epoch_order",
+    "flip_draw",
+    "load_batch",
+    "load_image",
+    "normalise",
+    "open_folder",
+    "open_for_evaluation",
+    "open_rgb",
+    "peak_decode_bytes",
+    "prefetch",
+    "resize_and_crop",
+    "shown",
+    "stratified_split",
+    "timm_augment",
+]

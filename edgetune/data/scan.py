@@ -1,0 +1,135 @@
+"""Every image decoded once in full before the first step: half a JPEG passes `open` and `verify` and fails hours later.
+
+Decoding is what the loader does, by the same function. What was found is kept by (path, size, mtime), so the second
+run on a folder starts at once. A digest of each file's bytes comes with it: it finds one picture in train and val,
+linked or copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+import msgspec
+import PIL
+from msgspec import Struct
+
+from edgetune.data.files import Found
+from edgetune.data.images import ImageHeader, UnreadableImage, check_size, decode
+from edgetune.data.preprocess import Preprocess
+
+_CACHE_VERSION = 1
+
+
+class Record(Struct, frozen=True, array_like=True):
+    """What one decode told: the header and digest of a good image, or why it is bad (`reason` not empty)."""
+
+    size: int
+    mtime_ns: int
+    digest: str = ""
+    header: ImageHeader | None = None
+    reason: str = ""
+
+
+class _Cache(Struct):
+    version: int
+    pillow: str  # another Pillow may read other files
+    records: dict[str, Record]
+
+
+def scan(
+    root: str,
+    images: Sequence[Found],
+    *,
+    preprocess: Preprocess | None = None,
+    decode_budget_bytes: int | None = None,
+    cache_dir: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Record]:
+    """A record for each of `images`, in their order. `progress(done, total)` is called after each."""
+    cache_file = None if cache_dir is None else cache_dir / f"scan-{_folder_key(root)}.json"
+    known = {} if cache_file is None else _read_cache(cache_file)
+    records, news = [], 0
+    try:
+        for done, image in enumerate(images, 1):
+            key = quote(os.fsencode(image.path))
+            record = known.get(key)
+            if record is None or (record.size, record.mtime_ns) != (image.size, image.mtime_ns):
+                record, keep = _examine(root, image, preprocess, decode_budget_bytes)
+                if keep:
+                    known[key] = record
+                    news += 1
+            records.append(_checked(image.path, record, preprocess, decode_budget_bytes))
+            if progress is not None:
+                progress(done, len(images))
+    finally:  # an interrupted scan goes on where it stopped
+        if cache_file is not None and news:
+            _write_cache(cache_file, known)
+    return records
+
+
+def _examine(
+    root: str, image: Found, preprocess: Preprocess | None, decode_budget_bytes: int | None
+) -> tuple[Record, bool]:
+    """Decode one image. The second value: whether another run may rely on the outcome."""
+    path = Path(root, image.path)
+    try:
+        with warnings.catch_warnings():  # the scan runs before any thread is started
+            warnings.simplefilter("ignore")  # what Pillow warns of is either refused here by name or harmless
+            _, header = decode(path, preprocess=preprocess, decode_budget_bytes=decode_budget_bytes)
+        return Record(image.size, image.mtime_ns, _digest(path), header), True
+    except UnreadableImage as error:
+        return Record(image.size, image.mtime_ns, reason=error.reason), error.lasting
+    except OSError as error:
+        return Record(image.size, image.mtime_ns, reason=error.strerror or "can't be read"), False
+
+
+def _checked(path: str, record: Record, preprocess: Preprocess | None, decode_budget_bytes: int | None) -> Record:
+    """A remembered image may be over today's budget."""
+    if record.header is None:
+        return record
+    try:
+        check_size(path, record.header, preprocess, decode_budget_bytes)
+    except UnreadableImage as error:
+        return Record(record.size, record.mtime_ns, reason=error.reason)
+    return record
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _folder_key(root: str) -> str:
+    return hashlib.blake2b(os.fsencode(os.path.realpath(root)), digest_size=12).hexdigest()
+
+
+def _read_cache(path: Path) -> dict[str, Record]:
+    """What an earlier scan found; nothing if there was none, or it is damaged, or another version's."""
+    try:
+        cache = msgspec.json.decode(path.read_bytes(), type=_Cache)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return {}
+    return cache.records if (cache.version, cache.pillow) == (_CACHE_VERSION, PIL.__version__) else {}
+
+
+def _write_cache(path: Path, records: dict[str, Record]) -> None:
+    """Written aside and renamed. A cache that can't be written costs time, not the run."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+        with os.fdopen(handle, "wb") as file:
+            file.write(msgspec.json.encode(_Cache(_CACHE_VERSION, PIL.__version__, records)))
+        Path(temporary).replace(path)
+    except OSError:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,92 @@
+"""Host and device kept apart: whose runtime counts, which cap holds, what the verdict compares.
+
+When the host is the device, the capped figure is this process's RSS plus swap, nothing subtracted. When the host only
+simulates it, the device's runtime (from its profile) plus what training added here is held against the device's cap.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import msgspec
+
+from edgetune import devices, system
+from edgetune.memory import MemoryMeter, MemoryPeaks, MemorySnapshot
+from edgetune.profiles import DeviceProfile
+from edgetune.units import MIB, format_bytes
+
+# A measured runtime differs by a few MiB from run to run; a plan must not.
+RUNTIME_ROUNDING_BYTES = 16 * MIB
+# The kernel and firmware keep part of the RAM, so a board's MemTotal is below its label.
+SAME_RAM_TOLERANCE = 0.15
+
+
+class Judge(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run's memory is held against."""
+
+    device: str
+    simulated: bool
+    cap_bytes: int
+    host_runtime_bytes: int
+    device_runtime_bytes: int
+    notes: tuple[str, ...] = ()
+
+    def device_bytes(self, now: MemorySnapshot) -> int:
+        """The judged figure of a moment."""
+        if not self.simulated:
+            return now.total_bytes
+        return self.device_runtime_bytes + max(0, now.total_bytes - self.host_runtime_bytes)
+
+    def device_peak_bytes(self, peaks: MemoryPeaks) -> int:
+        """The judged figure of a run: what the verdict compares with the cap."""
+        return self.device_runtime_bytes + peaks.training_peak_bytes if self.simulated else peaks.peak_bytes
+
+
+def is_this_machine(profile: DeviceProfile) -> bool:
+    """Whether the run is on the device itself: `auto`, or an Arm board with the profile's RAM and cores."""
+    if profile.id == devices.AUTO:
+        return True
+    if platform.machine() not in ("aarch64", "arm64", "armv7l") or profile.cores is None:
+        return False
+    ram = system.total_ram_bytes()
+    return (1 - SAME_RAM_TOLERANCE) * profile.ram_bytes <= ram <= profile.ram_bytes and (
+        profile.cores == system.usable_cores()
+    )
+
+
+def judge_for(profile: DeviceProfile, ram_cap_bytes: int | None, meter: MemoryMeter) -> Judge:
+    """Mark the runtime (call it after the warm-up) and settle the cap."""
+    here = is_this_machine(profile)
+    notes: list[str] = []
+    measured = meter.mark_runtime().total_bytes
+    rounded = -(-measured // RUNTIME_ROUNDING_BYTES) * RUNTIME_ROUNDING_BYTES
+    cap = ram_cap_bytes or devices.default_cap_bytes(profile, here)
+    runtime = rounded
+    if not here:
+        stated = profile.runtime.torch
+        if stated is None:
+            notes.append(
+                f"{profile.id} states no runtime for torch: this machine's {format_bytes(rounded)} is used in its place"
+            )
+        else:
+            runtime = stated.bytes
+        anonymous = profile.usable_anonymous_bytes
+        if (
+            anonymous is not None
+            and stated is not None
+            and stated.anonymous_bytes is not None
+            and ram_cap_bytes is None
+        ):
+            # What training adds is nearly all anonymous, so the tighter of the two bounds holds for it.
+            bound = anonymous - stated.anonymous_bytes + stated.bytes
+            if bound < cap:
+                notes.append(f"anonymous memory binds on {profile.id}: the cap is {format_bytes(bound)}")
+                cap = bound
+    return Judge(
+        device=profile.id,
+        simulated=not here,
+        cap_bytes=cap,
+        host_runtime_bytes=measured,
+        device_runtime_bytes=runtime,
+        notes=tuple(notes),
+    )

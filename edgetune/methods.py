@@ -1,0 +1,145 @@
+"""The fine-tuning methods. Each is a space for the planner and a way to choose a step; all run on the same loop."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import msgspec
+
+from edgetune import alast
+from edgetune.cost import Selection, ViTShape
+from edgetune.errors import UnsupportedModel, UsageError
+from edgetune.optim import OptimizerName
+from edgetune.planner import MethodSpace, Plan
+
+# K of N blocks a step where memory does not bind: the one known configuration of ALaST trains 9 of 12.
+DRAWN_SHARE = 0.75
+LAST_K_SHARE = 1 / 3
+
+
+class Method(msgspec.Struct, frozen=True, kw_only=True):
+    """A method's name and its defaults. Rates are those of `benchmarks/defaults.md` (found by `benchmarks/defaults.py`)."""
+
+    name: str
+    learning_rate: dict[OptimizerName, float]
+    draws: bool = False
+    prunes_tokens: bool = False
+    help: str = ""
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(name="full", learning_rate={"adamw": 5e-4, "momentum": 5e-3, "sgd": 5e-2}, help="every parameter"),
+        Method(name="head", learning_rate={"adamw": 1e-2, "momentum": 1e-1, "sgd": 1.0}, help="the classifier only"),
+        Method(name="last-k", learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1}, help="the last K blocks"),
+        Method(
+            name="random-k",
+            learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1},
+            draws=True,
+            help="K blocks drawn anew each step",
+        ),
+        Method(
+            name="alast",
+            learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1},
+            draws=True,
+            prunes_tokens=True,
+            help="K blocks drawn by budget, tokens pruned by attention (arXiv 2408.08670)",
+        ),
+    )
+}
+
+
+def check_model(method: Method, shape: ViTShape, obstacle: str | None) -> None:
+    """Raises: UnsupportedModel if ALaST can't run on the model, naming why and what works."""
+    if method.prunes_tokens and obstacle is not None:
+        raise UnsupportedModel(
+            f"ALaST can't train {shape.name}: {obstacle}. "
+            f"Methods that work on it: {', '.join(name for name in METHODS if name != method.name)}."
+        )
+
+
+def space_of(method: Method, shape: ViTShape, *, trained_blocks: int | None, split_block: int | None) -> MethodSpace:
+    """What the planner may choose from, most preferred first.
+
+    Raises: UsageError if K or the split does not exist in this model, or the method has no use for it.
+    """
+    depth = shape.depth
+    _check_options(method, depth, trained_blocks, split_block)
+    if method.name == "full":
+        splits: tuple[int, ...] = (0,)
+        counts: dict[int, tuple[int, ...]] = {0: (depth,)}
+    elif method.name == "head":
+        splits, counts = (depth,), {depth: (0,)}
+    elif method.name == "last-k":
+        most = trained_blocks or (
+            depth - split_block if split_block is not None else max(1, round(depth * LAST_K_SHARE))
+        )
+        least = most if trained_blocks or split_block is not None else 1
+        splits = tuple(depth - count for count in range(most, least - 1, -1))
+        counts = {split: (depth - split,) for split in splits}
+    else:
+        splits = (split_block,) if split_block is not None else tuple(range(depth - (trained_blocks or 1) + 1))
+        counts = {split: _drawn_counts(depth - split, trained_blocks) for split in splits}
+    return MethodSpace(
+        name=method.name,
+        splits=splits,
+        trained_blocks=counts,
+        embeddings_train=method.name == "full",
+        prunes_tokens=method.prunes_tokens,
+        draws=method.draws,
+    )
+
+
+def _drawn_counts(above_split: int, asked: int | None) -> tuple[int, ...]:
+    """K for a number of blocks above the split: three quarters of them, down to half where memory binds."""
+    if asked is not None:
+        return (asked,)
+    most, least = max(1, round(DRAWN_SHARE * above_split)), max(1, above_split // 2)
+    return tuple(range(most, least - 1, -1))
+
+
+def _check_options(method: Method, depth: int, trained_blocks: int | None, split_block: int | None) -> None:
+    if trained_blocks is not None and not 1 <= trained_blocks <= depth:
+        raise UsageError(f"--trained-blocks must be between 1 and {depth}, the model's depth, not {trained_blocks}.")
+    if split_block is not None and not 0 <= split_block < depth:
+        raise UsageError(f"--split must be `auto` or between 0 and {depth - 1}, not {split_block}.")
+    if method.name in ("full", "head") and (trained_blocks is not None or split_block not in (None, 0)):
+        raise UsageError(f"--trained-blocks and --split mean nothing to --method {method.name}: try last-k or alast.")
+    if trained_blocks is not None and split_block is not None:
+        above = depth - split_block
+        if trained_blocks > above:
+            raise UsageError(
+                f"--trained-blocks {trained_blocks} is more than the {above} blocks above --split {split_block}."
+            )
+        if method.name == "last-k" and trained_blocks != above:
+            raise UsageError(
+                f"--method last-k trains all {above} blocks above --split {split_block}: leave --trained-blocks out."
+            )
+
+
+Proposer = Callable[[random.Random], Selection]
+
+
+def proposer(method: Method, plan: Plan, state: alast.AlastState | None, settings: alast.AlastSettings) -> Proposer:
+    """The way this method chooses a step, given the randomness of that step."""
+    depth = len(plan.token_ceiling)
+    if method.prunes_tokens and state is not None:
+        return lambda rng: alast.propose(
+            state,
+            patch_tokens=plan.token_ceiling[0],
+            split_block=plan.split_block,
+            count=plan.trained_blocks,
+            settings=settings,
+            rng=rng,
+        )
+    if method.draws:
+        flat = [1.0] * depth
+        return lambda rng: Selection(
+            alast.draw_blocks(flat, plan.split_block, plan.trained_blocks, "multinomial", rng), plan.token_ceiling
+        )
+    fixed = Selection(
+        tuple(block >= depth - plan.trained_blocks for block in range(depth)), plan.token_ceiling, plan.embeddings_train
+    )
+    return lambda _rng: fixed

@@ -1,0 +1,87 @@
+"""What the user asked for, as one value: stored with the run, read back by `--resume` and `evaluate`. Pure."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from edgetune.alast import AlastSettings
+from edgetune.data import Preprocess
+from edgetune.errors import UsageError
+from edgetune.optim import OptimizerName
+
+Augment = Literal["none", "timm"]
+
+
+class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All choices of a run that are not the plan's. None: the default of the method, the model or the planner."""
+
+    format_version: int = 1
+    model: str
+    weights: str | None = None
+    pretrained: bool = True
+    image_px: int | None = None
+    data: str | None = None  # None: the bundled sample
+    device: str = "auto"
+    ram_cap_bytes: int | None = None
+    method: str = "alast"
+    epochs: int = 10
+    steps: int | None = None
+    batch_size: int = 32
+    accumulation: int | None = None
+    learning_rate: float | None = None
+    optimizer: OptimizerName = "adamw"
+    weight_decay: float = 0.05
+    warmup_epochs: float = 1.0
+    label_smoothing: float = 0.0
+    trained_blocks: int | None = None
+    split_block: int | None = None
+    token_floor: float | None = None
+    hflip: float = 0.0
+    augment: bool = False
+    balanced_class_weights: bool = False
+    max_bad: float = 0.01
+    val_share: float = 0.2
+    checkpoint_every: int | None = None
+    threads: int | None = None
+    seed: int = 0
+    alast: AlastSettings = AlastSettings()
+
+
+class StoredRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`run.json`: what is needed to resume, evaluate or predict from a run folder."""
+
+    format_version: int = 1
+    settings: RunSettings
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    architecture: str
+    model_args: dict[str, object]
+
+
+def check(settings: RunSettings) -> None:
+    """Raises: UsageError for a number that makes no sense, naming the flag."""
+    limits = (
+        ("--epochs", settings.epochs, 1, 100_000),
+        ("--steps", settings.steps, 1, 10**9),
+        ("--batch-size", settings.batch_size, 1, 65_536),
+        ("--lr", settings.learning_rate, 0.0, 100.0),
+        ("--weight-decay", settings.weight_decay, 0.0, 10.0),
+        ("--warmup-epochs", settings.warmup_epochs, 0.0, 100_000.0),
+        ("--smoothing", settings.label_smoothing, 0.0, 0.999),
+        ("--hflip", settings.hflip, 0.0, 1.0),
+        ("--max-bad", settings.max_bad, 0.0, 1.0),
+        ("--val-share", settings.val_share, 0.01, 0.9),
+        ("--checkpoint-every", settings.checkpoint_every, 1, 10**9),
+        ("--image-size", settings.image_px, 1, 4096),
+        ("--seed", settings.seed, 0, 2**63 - 1),
+        ("--threads", settings.threads, 1, 1024),
+        ("--token-floor", settings.token_floor, 0.01, 1.0),
+    )
+    for flag, value, least, most in limits:
+        # `not least <= value` also catches NaN.
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"{flag} must be between {least} and {most}, not {value}.")
+    if settings.learning_rate == 0:
+        raise UsageError("--lr must be above 0.")

@@ -1,0 +1,244 @@
+"""One explicit loop over a timm ViT's own blocks, in which freezing and token pruning are plain statements.
+
+No forward is copied and nothing of the model is changed: with all tokens kept, outputs and gradients equal plain timm's
+to the last bit (tests hold ten families to it). What overrides the parts this loop stands on is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from edgetune.cost import Selection, ViTShape
+from edgetune.errors import UnsupportedModel
+
+EMBEDDING_NAMES = (
+    "patch_embed",
+    "pos_embed",
+    "cls_token",
+    "reg_token",
+    "dist_token",
+    "norm_pre",
+    "pos_drop",
+    "patch_drop",
+)
+
+
+def check_supported(model: nn.Module, name: str) -> VisionTransformer:
+    """The model as the type that the loop knows.
+
+    Raises: UnsupportedModel if it is another architecture, or one that runs its blocks in a way of its own.
+    """
+    if not isinstance(model, VisionTransformer):
+        raise UnsupportedModel(
+            f"{name} is a {type(model).__name__}; edgetune trains timm's VisionTransformer family "
+            "(vit_*, deit_*, deit3_*, *_dinov2, *_clip_* and the like). Try --model deit_tiny_patch16_224."
+        )
+    if type(model).forward_features is not VisionTransformer.forward_features:
+        raise UnsupportedModel(
+            f"{name} ({type(model).__name__}) runs its blocks in a way of its own, for which edgetune has no adapter. "
+            "Try a plain vit_* or deit_* model."
+        )
+    channels = getattr(model, "in_chans", 3)
+    if channels != 3:
+        raise UnsupportedModel(f"{name} takes images of {channels} channels; edgetune feeds RGB.")
+    return model
+
+
+def adaptive_obstacle(shape: ViTShape) -> str | None:
+    """Why ALaST can't run on this model, or None if it can."""
+    if not shape.class_token:
+        return "it has no class token, from which ALaST takes its budgets and the ranking of tokens"
+    if not shape.token_pool:
+        return "its head does not read the class token (global_pool is not 'token')"
+    if not shape.fused_qkv:
+        return "its attention has no joint `attn.qkv`, from which the class token's attention is read"
+    return None
+
+
+def region_of(parameter: str) -> str | int:
+    """`"embeddings"`, the block's number, or `"head"` (final norm, pooling and classifier)."""
+    if parameter.startswith("blocks."):
+        return int(parameter.split(".")[1])
+    return "embeddings" if parameter.split(".")[0] in EMBEDDING_NAMES else "head"
+
+
+def trains(region: str | int, selection: Selection) -> bool:
+    if isinstance(region, int):
+        return selection.trains[region]
+    return region == "head" or selection.embeddings_train
+
+
+def apply_selection(model: VisionTransformer, selection: Selection) -> None:
+    """Make exactly the selected regions trainable and in training mode; every other keeps no gradient and is in eval mode.
+
+    BatchNorm (hybrid stems) stays in eval mode even where it trains: its statistics are those of pretraining.
+    """
+    for name, parameter in model.named_parameters():
+        trained = trains(region_of(name), selection)
+        parameter.requires_grad_(trained)
+        if not trained:
+            parameter.grad = None
+    model.training = True
+    for name, module in model.named_children():
+        if name == "blocks":
+            module.training = True
+            for block, trained in zip(module, selection.trains, strict=True):
+                block.train(trained)
+        else:
+            module.train(trains(region_of(name), selection))
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def embed(model: VisionTransformer, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) -> tokens (B, P + N, D): prefix tokens first."""
+    tokens = model._pos_embed(model.patch_embed(images))
+    embedded: Tensor = model.norm_pre(model.patch_drop(tokens))
+    return embedded
+
+
+def forward(
+    model: VisionTransformer, images: Tensor, selection: Selection, *, with_deltas: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """Images (B, 3, H, W) -> logits (B, classes), and each block's class-token delta (a scalar, mean over the batch).
+
+    Blocks below the lowest trained one run without gradient, so that nothing of theirs is kept.
+    """
+    gradient = torch.is_grad_enabled()
+    lowest = selection.lowest_trained_block
+    # How many patch tokens leave each block: what the next one sees; nothing is dropped after the last.
+    leaving = (*selection.tokens[1:], selection.tokens[-1])
+    deltas: list[Tensor] = []
+    with torch.set_grad_enabled(gradient and selection.embeddings_train):
+        tokens = embed(model, images)
+    for index, block in enumerate(model.blocks):
+        class_token_before = tokens[:, 0].detach()
+        with torch.set_grad_enabled(gradient and index >= lowest):
+            tokens = run_block(block, tokens, leaving[index], model.num_prefix_tokens)
+        if with_deltas:
+            # The paper's ||CLS_l - CLS_(l-1)||^2, as a mean over the batch so that a short last batch shifts nothing.
+            change = tokens[:, 0].detach() - class_token_before
+            deltas.append(change.square().sum(dim=1).mean())
+    return model.forward_head(model.norm(tokens)), deltas
+
+
+def run_block(block: Any, tokens: Tensor, leaving: int, prefix_tokens: int) -> Tensor:
+    """One unmodified block; of its patch tokens the `leaving` ones that the class token attends to most go on.
+
+    The hook on `attn.qkv` only reads the projection that the block computes anyway, and is gone when this returns.
+    """
+    if leaving >= tokens.shape[1] - prefix_tokens:
+        result: Tensor = block(tokens)
+        return result
+    rows: list[Tensor] = []
+    handle = block.attn.qkv.register_forward_hook(
+        lambda _module, _inputs, qkv: rows.append(class_attention(block.attn, qkv.detach()))
+    )
+    try:
+        tokens = block(tokens)
+    finally:
+        handle.remove()
+    return keep_tokens(tokens, rows[0], leaving, prefix_tokens)
+
+
+@torch.no_grad()
+def class_attention(attention: Any, qkv: Tensor) -> Tensor:
+    """The class token's attention to every token, mean over heads: (B, T, 3 * A) -> (B, T).
+
+    One row of q times k, after the model's own q and k norms; fused attention stays as it is.
+    """
+    batch, tokens, _ = qkv.shape
+    heads = attention.num_heads
+    q, k = qkv.view(batch, tokens, 3, heads, -1)[:, :, :2].unbind(2)  # (B, T, H, A / H) each
+    q = attention.q_norm(q[:, :1].transpose(1, 2))  # (B, H, 1, A / H)
+    k = attention.k_norm(k.transpose(1, 2))  # (B, H, T, A / H)
+    scores = (q * attention.scale) @ k.transpose(-2, -1)  # (B, H, 1, T)
+    row: Tensor = scores.softmax(dim=-1).mean(dim=1).squeeze(1)
+    return row
+
+
+def keep_tokens(tokens: Tensor, class_row: Tensor, keep: int, prefix_tokens: int) -> Tensor:
+    """Keep every prefix token and the `keep` patch tokens with the largest `class_row`, in their order.
+
+    tokens (B, P + N, D), class_row (B, P + N) -> (B, P + keep, D)
+    """
+    batch, _, width = tokens.shape
+    chosen = class_row[:, prefix_tokens:].topk(keep, dim=1).indices.sort(dim=1).values + prefix_tokens
+    always = torch.arange(prefix_tokens, device=tokens.device).expand(batch, -1)
+    index = torch.cat((always, chosen), dim=1)[:, :, None].expand(-1, -1, width)
+    kept: Tensor = _Keep.apply(tokens, index)
+    return kept
+
+
+class _Keep(torch.autograd.Function):
+    """`tokens.gather(1, index)` that saves the index alone: torch's own saves its whole input, a width a token."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = tokens.shape
+        return tokens.gather(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        # Each token is kept once, so that placing is adding.
+        return gradient.new_zeros(ctx.shape).scatter_(1, index, gradient), None
+
+
+def named_regions(model: VisionTransformer) -> Iterator[tuple[str | int, str, nn.Parameter]]:
+    for name, parameter in model.named_parameters():
+        yield region_of(name), name, parameter
+
+
+def shape_of(model: VisionTransformer, name: str) -> ViTShape:
+    """What the cost model needs to know of a model, read off its modules."""
+    block = model.blocks[0]
+    attention = getattr(block, "attn", None)
+    heads = getattr(attention, "num_heads", None) or getattr(block, "num_heads", None) or 1
+    fc1 = getattr(getattr(block, "mlp", None), "fc1", None)
+    gated = type(getattr(block, "mlp", None)).__name__ in ("GluMlp", "SwiGLU", "SwiGLUPacked")
+    mlp_width = fc1.out_features if fc1 is not None else 4 * model.embed_dim
+    if gated and type(block.mlp).__name__ == "GluMlp":
+        mlp_width //= 2  # fc1 makes both halves at once
+    counts: dict[str, int] = {"embeddings": 0, "head": 0}
+    blocks = [0] * len(model.blocks)
+    largest = 0
+    for region, _, parameter in named_regions(model):
+        largest = max(largest, parameter.numel())
+        if isinstance(region, int):
+            blocks[region] += parameter.numel()
+        else:
+            counts[region] += parameter.numel()
+    image = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
+    grid = model.patch_embed.grid_size
+    return ViTShape(
+        name=name,
+        depth=len(model.blocks),
+        width=model.embed_dim,
+        heads=heads,
+        head_width=getattr(attention, "head_dim", None) or model.embed_dim // heads,
+        mlp_width=mlp_width,
+        patch_tokens=model.patch_embed.num_patches,
+        prefix_tokens=model.num_prefix_tokens,
+        classes=model.num_classes,
+        image_px=(int(image[0]), int(image[1])),
+        patch_px=(int(image[0]) // grid[0], int(image[1]) // grid[1]),
+        class_token=bool(model.has_class_token),
+        token_pool=model.global_pool == "token",
+        fused_qkv=attention is not None and hasattr(attention, "qkv"),
+        layer_scale=not isinstance(getattr(block, "ls1", nn.Identity()), nn.Identity),
+        qk_norm=not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity),
+        pre_norm=not isinstance(model.norm_pre, nn.Identity),
+        gated_mlp=gated,
+        embed_parameters=counts["embeddings"],
+        block_parameters=max(blocks),
+        head_parameters=counts["head"],
+        largest_parameter=largest,
+    )
