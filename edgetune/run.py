@@ -6,6 +6,7 @@ runtime); everything after it is training. `outcome.py` turns what happened into
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -212,6 +213,8 @@ def prepare(
 def _warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) -> Judge:
     """Import all that the run needs and take one step on nothing; what the process holds then is the runtime."""
     limit_allocator()
+    # Threads that spin while they wait starve whatever else runs, on few cores themselves. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     meter.enter("runtime")
     try:
         import torch

@@ -49,9 +49,7 @@ def test_without_clipping_a_budget_is_an_affine_function_of_the_current_delta(
     unit,
     unit,
 )
-def test_budgets_never_leave_their_range(
-    deltas: list[list[float]], alpha: float, floor: float, initial: float
-) -> None:
+def test_budgets_never_leave_their_range(deltas: list[list[float]], alpha: float, floor: float, initial: float) -> None:
     assert all(floor <= budget <= 1 for budget in _run(deltas, alpha=alpha, floor=floor, initial=initial).budgets)
 
 
@@ -140,7 +138,9 @@ def test_top_takes_the_largest_budgets_above_the_split() -> None:
     assert draw_blocks(budgets, 1, 3, "top", random.Random(0)) == (False, False, True, True, False, True)
 
 
-@given(st.lists(unit, min_size=1, max_size=24), st.integers(1, 4096), st.data(), st.sampled_from(["compound", "absolute"]))
+@given(
+    st.lists(unit, min_size=1, max_size=24), st.integers(1, 4096), st.data(), st.sampled_from(["compound", "absolute"])
+)
 def test_dropped_tokens_never_come_back_and_the_prefix_keeps_all(
     budgets: list[float], patch_tokens: int, data: st.DataObject, share: str
 ) -> None:

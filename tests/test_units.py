@@ -132,7 +132,15 @@ def test_durations_are_shown_as_they_are_said(seconds: float, shown: str) -> Non
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0, "0"), (999, "999"), (5_700_000, "5.7 M"), (340e9, "340 G"), (1.2e12, "1.2 T"), (3e15, "3 P"), (999_999, "1 M")],
+    [
+        (0, "0"),
+        (999, "999"),
+        (5_700_000, "5.7 M"),
+        (340e9, "340 G"),
+        (1.2e12, "1.2 T"),
+        (3e15, "3 P"),
+        (999_999, "1 M"),
+    ],
 )
 def test_counts_carry_an_si_suffix(value: float, shown: str) -> None:
     assert format_count(value) == shown

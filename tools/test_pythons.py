@@ -49,7 +49,7 @@ def environment(version: tuple[int, int], python: Path) -> Path:
     stamp = folder / ".installed"
     if not stamp.exists() or stamp.stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
         subprocess.run([python, "-m", "venv", "--clear", folder], check=True)
-        install = [own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        install: list[str | Path] = [own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, "-e", str(ROOT), *TEST_PACKAGES], check=True)
         stamp.touch()
     return own
