@@ -53,7 +53,7 @@ def make_report(outcome: Outcome) -> RunReport:
         threads=plan.threads,
         versions=_versions(),
         stopped_because=outcome.stopped,
-        notes=(*outcome.notes, *plan.explanation),
+        notes=outcome.notes,
         verdict=verdict_line(
             device_peak_bytes=device_peak,
             cap_bytes=plan.cap_bytes,

@@ -25,8 +25,8 @@ from edgetune.units import MIB, format_bytes
 
 # What a run's process holds beyond live tensors: a share (blocks the allocator keeps, alignment) and a fixed part
 # (Python objects, code paged in by kernels the warm-up did not meet, report). Measured by `benchmarks/memory_plan.py`.
-ALLOCATOR_SHARE = 0.10
-PROCESS_BYTES = 20 * MIB
+ALLOCATOR_SHARE = 0.04
+PROCESS_BYTES = 16 * MIB
 # Micro-batches that exist beside the one being computed: one being loaded, one waiting.
 PREFETCHED_BATCHES = 2
 MAX_EVALUATION_BATCH = 64
@@ -370,8 +370,9 @@ def _does_not_fit(request: PlanRequest, smallest_cap: int, smaller_models: Seque
         f"(of which the runtime takes {format_bytes(request.runtime_bytes)}). "
     )
     tries = [f"--ram-cap {format_cap(smallest_cap)}"]
-    if request.space.name != "head":
-        tries.append("--method head")
+    head = MethodSpace(name="head", splits=(shape.depth,), trained_blocks={shape.depth: (0,)})
+    if smallest_cap_bytes(msgspec.structs.replace(request, space=head)) <= request.cap_bytes:
+        tries.append("--method head, which fits")
     for smaller in sorted(smaller_models, key=lambda other: -other.parameters):
         if smaller.parameters >= shape.parameters or smaller.depth != shape.depth:
             continue
