@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
+from typing import Any
 
 from edgetune.units import KIB, format_bytes
 
@@ -13,6 +15,45 @@ from edgetune.units import KIB, format_bytes
 MMAP_THRESHOLD_BYTES = 64 * KIB
 MALLOC_ARENAS = 2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+
+
+class _MallInfo(ctypes.Structure):
+    """`struct mallinfo2` of malloc.h (glibc 2.33 and newer)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
+def heap_bytes() -> int | None:
+    """What the C heap has in use now, freed blocks that it keeps not counted; None where glibc can't tell."""
+    mallinfo = _mallinfo()
+    if mallinfo is None:
+        return None
+    info = mallinfo()
+    return int(info.uordblks) + int(info.hblkhd)
+
+
+@lru_cache(maxsize=1)
+def _mallinfo() -> Any:
+    try:
+        function = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.restype = _MallInfo
+    return function
 
 
 def limit_allocator(mmap_threshold_bytes: int = MMAP_THRESHOLD_BYTES) -> str:

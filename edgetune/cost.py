@@ -136,6 +136,7 @@ def saved_bytes(shape: ViTShape, state: BlockState, patch_tokens: int, batch: in
     floats += 4 + shape.heads
     if shape.qk_norm:
         floats += 2 * attention + 4 * shape.heads
+        floats += attention if trained else 0  # proj's input is then a copy of attention's output
     # The activation's input. A gated MLP keeps both halves and the activated one.
     floats += 3 * mlp if shape.gated_mlp else mlp
     if trained:
@@ -145,9 +146,13 @@ def saved_bytes(shape: ViTShape, state: BlockState, patch_tokens: int, batch: in
     return floats * batch * (patch_tokens + shape.prefix_tokens) * FLOAT_BYTES
 
 
-def _pruning_bytes(shape: ViTShape, before: int, after: int, batch: int) -> int:
-    """What dropping tokens after a block keeps: the kept tokens' indices."""
-    return 0 if after >= before else (after + shape.prefix_tokens) * batch * INDEX_BYTES
+def _pruning_bytes(shape: ViTShape, after: int, batch: int) -> int:
+    """What dropping tokens after a block keeps: the kept tokens' indices.
+
+    Counted whether or not a block drops any (a thousandth of what it saves), so that fewer tokens never cost more: a
+    plan stands on that.
+    """
+    return (after + shape.prefix_tokens) * batch * INDEX_BYTES
 
 
 def forward_workspace_bytes(shape: ViTShape, patch_tokens: int, batch: int) -> int:
@@ -161,9 +166,15 @@ def forward_workspace_bytes(shape: ViTShape, patch_tokens: int, batch: int) -> i
     return floats * batch * (patch_tokens + shape.prefix_tokens) * FLOAT_BYTES
 
 
-def _backward_workspace_bytes(shape: ViTShape, patch_tokens: int, batch: int) -> int:
-    """The most that one block's backward makes at once: the stream's gradient and the hidden layer's, twice."""
+def _backward_workspace_bytes(shape: ViTShape, state: BlockState, patch_tokens: int, batch: int) -> int:
+    """The most that one block's backward makes at once, beyond what it saved.
+
+    The stream's gradient and the hidden layer's, after and before the activation. A trained block has freed fc2's
+    input by then, which makes up for one of them.
+    """
     hidden = (2 if shape.gated_mlp else 1) * shape.mlp_width
+    if state is BlockState.ON_PATH:
+        hidden += shape.mlp_width
     floats = max(2 * shape.width + hidden, 2 * shape.width + 4 * shape.attention_width)
     return floats * batch * (patch_tokens + shape.prefix_tokens) * FLOAT_BYTES
 
@@ -222,7 +233,7 @@ def step_cost(
         peak = max(peak, resting + carried + held + forward_workspace_bytes(shape, tokens, micro_batch))
         kept = saved_bytes(shape, state, tokens, micro_batch)
         if state is not BlockState.BELOW:
-            kept += _pruning_bytes(shape, tokens, after, micro_batch)
+            kept += _pruning_bytes(shape, after, micro_batch)
         saved.append(kept)
         held += kept
     last_tokens = selection.tokens[-1] + shape.prefix_tokens
@@ -237,7 +248,7 @@ def step_cost(
     for block in reversed(range(shape.depth)):
         if states[block] is BlockState.BELOW:
             break
-        own = _backward_workspace_bytes(shape, selection.tokens[block], micro_batch)
+        own = _backward_workspace_bytes(shape, states[block], selection.tokens[block], micro_batch)
         # A weight's new gradient stands beside the one it is added to.
         temporary = shape.largest_parameter * FLOAT_BYTES if accumulation > 1 else 0
         workspace = max(workspace, own + temporary)

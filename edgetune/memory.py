@@ -20,7 +20,7 @@ import msgspec
 import psutil  # type: ignore[import-untyped]
 
 from edgetune import process, system
-from edgetune.allocator import limit_allocator
+from edgetune.allocator import heap_bytes, limit_allocator
 from edgetune.process import MemorySnapshot, snapshot
 
 __all__ = ["MemoryMeter", "MemoryPeaks", "MemorySnapshot", "available_bytes", "limit_allocator", "snapshot"]
@@ -36,6 +36,8 @@ class MemoryPeaks(msgspec.Struct, frozen=True, kw_only=True):
     of the runtime since `mark_runtime`; were pages of the runtime dropped meanwhile, it is that much too small, never
     negative. `runtime_peak_bytes` is the peak before the mark. `cuda_peak_bytes` is what torch's allocator held on all
     GPUs, not part of `peak_bytes`.
+    `peak_live_bytes`: what the C heap had in use above the mark, as sampled (`current` samples too): tensors, nearly all
+    of it. None before glibc 2.33 and elsewhere.
     `exact`: resident peaks are the kernel's own high-water marks; otherwise samples may have missed a short one.
     `timeline`: (seconds since start, highest capped figure since the point before), at most TIMELINE_POINTS.
     """
@@ -46,6 +48,7 @@ class MemoryPeaks(msgspec.Struct, frozen=True, kw_only=True):
     peak_file_bytes: int | None
     peak_swap_bytes: int | None
     children_peak_bytes: int
+    peak_live_bytes: int | None
     cuda_peak_bytes: int | None
     runtime_bytes: int
     runtime_anonymous_bytes: int | None
@@ -141,6 +144,7 @@ class MemoryMeter:
         if self._running:
             with self._lock:
                 now = self._runtime = self._sample(close=True)
+                self._runtime_heap = heap_bytes() or 0
                 self._runtime_peak = self._highest["total"]
                 self._highest = {key: top for key, top in self._highest.items() if not key.endswith(" since mark")}
                 self._fold(now, now, now.rss_bytes)
@@ -169,6 +173,7 @@ class MemoryMeter:
         high, runtime = self._highest, self._runtime
         anonymous = high.get("anonymous since mark")
         anonymous_base = runtime.own_anonymous_bytes or 0
+        heap = high.get("heap since mark")
         return MemoryPeaks(
             peak_bytes=high["total"],
             peak_rss_bytes=high["rss"],
@@ -176,6 +181,7 @@ class MemoryMeter:
             peak_file_bytes=high.get("file"),
             peak_swap_bytes=high.get("swap"),
             children_peak_bytes=high["children"],
+            peak_live_bytes=None if heap is None else max(0, heap - self._runtime_heap),
             cuda_peak_bytes=_cuda_peak_bytes(),
             runtime_bytes=runtime.total_bytes,
             runtime_anonymous_bytes=runtime.own_anonymous_bytes,
@@ -233,6 +239,9 @@ class MemoryMeter:
             seen |= {"anonymous": anonymous, "anonymous since mark": anonymous, "file": file}
         if now.swap_bytes is not None:
             seen["swap"] = swap
+        heap = heap_bytes()
+        if heap is not None:
+            seen["heap since mark"] = heap
         for name, size in seen.items():
             self._highest[name] = max(size, self._highest.get(name, 0))
         if self._phase:

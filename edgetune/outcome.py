@@ -73,6 +73,7 @@ def make_report(outcome: Outcome) -> RunReport:
         peak_file_bytes=peaks.peak_file_bytes,
         peak_swap_bytes=peaks.peak_swap_bytes,
         children_peak_bytes=peaks.children_peak_bytes,
+        peak_live_bytes=peaks.peak_live_bytes,
         cuda_peak_bytes=peaks.cuda_peak_bytes,
         phases=peaks.phases,
         predicted_phases=plan.predicted_phase_bytes,

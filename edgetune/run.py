@@ -83,6 +83,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     preprocess: Preprocess
     plan: Plan
     decode_budget_bytes: int
+    notes: tuple[str, ...]
 
 
 def finetune(
@@ -105,7 +106,7 @@ def finetune(
             judge = _warm_up(settings, profile, meter)
             setup = prepare(settings, judge, profile, meter, listener, stored_plan)
             with meter.phase("load"):
-                backend, write_checkpoint = _load_new(setup, path)
+                backend, write_checkpoint = _load_new(setup, path, meter)
         except BaseException:
             _discard(path, keep=existed)
             raise
@@ -131,7 +132,7 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
                 f"{_some(stored.classes)}. Give the run's own images with --data."
             )
         with meter.phase("load"):
-            backend = _build(setup, pretrained=False)[1]
+            backend = _build(setup, meter, pretrained=False)[1]
             standing = restore(path, setup.plan, backend)
         for note in standing.notes:
             listener.note(note)
@@ -166,8 +167,7 @@ def prepare(
             preprocess=preprocess,
         )
     shape, _ = describe(source, classes=len(data.classes))
-    for note in (*judge.notes, *data.notes):
-        listener.note(note)
+    notes = [*judge.notes, *data.notes]
     listener.note(
         f"{len(data.train.paths)} training and {len(data.val.paths)} validation images, "
         f"{len(data.classes)} classes: {_some(data.classes, 20)}"
@@ -197,6 +197,12 @@ def prepare(
             f"the plan is for {plan.model} ({len(plan.token_ceiling)} blocks, {plan.token_ceiling[0]} patch tokens), "
             f"not for {shape.name} ({shape.depth}, {shape.patch_tokens}) at this image size."
         )
+    frozen = shape.depth if method.name == "head" else plan.split_block
+    if not settings.pretrained and (frozen or not plan.embeddings_train):
+        what = f"the embeddings and the {frozen} blocks below the split" if frozen else "the embeddings"
+        notes.append(f"warning: {what} stay frozen at random weights; --method full trains everything")
+    for note in notes:
+        listener.note(note)
     for line in plan.explanation:
         listener.note(f"plan: {line}")
     return Setup(
@@ -207,6 +213,7 @@ def prepare(
         preprocess=preprocess,
         plan=plan,
         decode_budget_bytes=decode_budget,
+        notes=tuple(notes),
     )
 
 
@@ -231,11 +238,11 @@ def _warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) 
     return judge
 
 
-def _load_new(setup: Setup, path: Path) -> tuple[Backend, Callable[[TrainingState], None]]:
+def _load_new(setup: Setup, path: Path, meter: MemoryMeter) -> tuple[Backend, Callable[[TrainingState], None]]:
     """The model as the run starts with it, all of the run folder that does not change, and what writes checkpoints."""
     from edgetune.vit.models import timm_config
 
-    loaded, backend = _build(setup, pretrained=setup.settings.pretrained)
+    loaded, backend = _build(setup, meter, pretrained=setup.settings.pretrained)
     stored = StoredRun(
         settings=setup.settings,
         classes=setup.data.classes,
@@ -247,7 +254,7 @@ def _load_new(setup: Setup, path: Path) -> tuple[Backend, Callable[[TrainingStat
     return backend, write
 
 
-def _build(setup: Setup, *, pretrained: bool) -> tuple[LoadedModel, Backend]:
+def _build(setup: Setup, meter: MemoryMeter, *, pretrained: bool) -> tuple[LoadedModel, Backend]:
     import torch
 
     from edgetune.backends.pytorch import TorchBackend
@@ -268,6 +275,7 @@ def _build(setup: Setup, *, pretrained: bool) -> tuple[LoadedModel, Backend]:
         OptimizerSettings(name=plan.optimizer, weight_decay=settings.weight_decay),
         class_weights=_class_weights(setup),
         label_smoothing=settings.label_smoothing,
+        at_peak=meter.current,
     )
     return loaded, backend
 
@@ -334,6 +342,14 @@ def _train_and_report(
             )
         except OverCap:
             stopped = "over the cap"
+        except (MemoryError, RuntimeError) as failure:
+            if not _is_out_of_memory(failure):
+                raise
+            stopped = "out of memory"
+            error = CapExceeded(
+                f"memory ran out at step {state.step} ({str(failure).splitlines()[0] if str(failure) else 'MemoryError'}). "
+                f"{path} is complete up to its last checkpoint; try a lower --ram-cap, under which less is planned."
+            )
         except Diverged:
             stopped = "diverged"
             error = EdgetuneError(
@@ -355,14 +371,15 @@ def _train_and_report(
         stopped=stopped,
         learning_rate=rate,
         steps_per_epoch=job.steps_per_epoch,
-        notes=(*setup.judge.notes, *setup.data.notes, *standing.notes),
+        notes=(*setup.notes, *standing.notes),
     )
     report = make_report(outcome)
     write_atomically(path / REPORT_FILE, report_to_json(report) + b"\n")
     if error is None and not report.within_cap:
         error = CapExceeded(f"{report.verdict}. The folder {path} is complete up to step {state.step}.")
+    listener.note(f"run folder: {path}")
     if error is not None:
-        listener.note(report.verdict)
+        error.report = report
         raise error
     return report
 
@@ -402,6 +419,12 @@ class _Logged:
             }
         )
         self._listener.evaluated(step, epoch, scores, best)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Allocators say it in many words; these are those of numpy, torch's CPU allocator, the C++ library and oneDNN."""
+    words = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a primitive")
+    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _discard(path: Path, *, keep: bool) -> None:

@@ -77,6 +77,8 @@ def check(settings: RunSettings) -> None:
         ("--image-size", settings.image_px, 1, 4096),
         ("--seed", settings.seed, 0, 2**63 - 1),
         ("--threads", settings.threads, 1, 1024),
+        ("--initial-budget", settings.alast.initial_budget, 0.01, 1.0),
+        ("--alpha", settings.alast.alpha, 0.0, 1e9),
         ("--token-floor", settings.token_floor, 0.01, 1.0),
     )
     for flag, value, least, most in limits:

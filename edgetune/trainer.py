@@ -81,6 +81,7 @@ class StepEvent(msgspec.Struct, frozen=True, kw_only=True):
     token_share: float
     trained_blocks: int
     memory_bytes: int
+    cap_bytes: int
     seconds: float
     eta_seconds: float
 
@@ -205,6 +206,7 @@ def _one_step(job: Job, selection: cost.Selection, batches: Iterator[MicroBatch]
             token_share=share,
             trained_blocks=sum(selection.trains),
             memory_bytes=memory_bytes,
+            cap_bytes=plan.cap_bytes,
             seconds=seconds,
             eta_seconds=left,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -28,10 +28,13 @@ class TorchBackend:
         *,
         class_weights: np.ndarray | None = None,
         label_smoothing: float = 0.0,
+        at_peak: Callable[[], object] | None = None,
     ) -> None:
+        """`at_peak` is called where a step holds the most: before each backward."""
         self.model = model
         self.optimizer = Optimizer(optimizer)
         self.label_smoothing = label_smoothing
+        self._at_peak = at_peak
         self.class_weights = None if class_weights is None else torch.from_numpy(class_weights)
         shape = shape_of(model, "model")
         self._frozen = all_tokens_kept(shape, (False,) * shape.depth)
@@ -62,6 +65,8 @@ class TorchBackend:
             if not math.isfinite(value):
                 finite = False
                 break
+            if self._at_peak is not None:
+                self._at_peak()
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += value
             correct += int((logits.detach().argmax(dim=1) == target).sum())

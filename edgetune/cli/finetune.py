@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetune.errors import UsageError
+from edgetune.errors import EdgetuneError, UsageError
 from edgetune.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -34,6 +36,16 @@ class OptimizerChoice(str, Enum):
 class ClassWeights(str, Enum):
     none = "none"
     balanced = "balanced"
+
+
+class LayerChoice(str, Enum):
+    multinomial = "multinomial"
+    top = "top"
+
+
+class TokenShare(str, Enum):
+    compound = "compound"
+    absolute = "absolute"
 
 
 def _option(*names: str, help: str, panel: str, **more: Any) -> Any:
@@ -149,6 +161,34 @@ def finetune(
             panel=METHOD,
         ),
     ] = None,
+    layer_choice: Annotated[
+        LayerChoice | None,
+        _option(
+            "--layer-choice",
+            help="ALaST: draw K blocks from softmax(budgets) (`multinomial`, default) or take the `top` K.",
+            panel=METHOD,
+        ),
+    ] = None,
+    token_share: Annotated[
+        TokenShare | None,
+        _option(
+            "--token-share",
+            help="ALaST: a budget is a share of the tokens that are left (`compound`, default) or of all (`absolute`).",
+            panel=METHOD,
+        ),
+    ] = None,
+    initial_budget: Annotated[
+        float | None,
+        _option("--initial-budget", help="ALaST: budget of every block at first (default 0.9).", panel=METHOD),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        _option(
+            "--alpha",
+            help="ALaST: how fast budgets follow the class token. Default: learning rate x batch size.",
+            panel=METHOD,
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         _option(
@@ -244,7 +284,7 @@ def finetune(
     """
     if workers:
         raise UsageError(f"--workers {workers}: edgetune loads with one thread and no worker processes. Leave it out.")
-    given = {
+    given: dict[str, Any] = {
         "model": model,
         "weights": None if weights is None else str(weights),
         "pretrained": pretrained,
@@ -275,15 +315,31 @@ def finetune(
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    adaptive = {
+        "layer_choice": None if layer_choice is None else layer_choice.value,
+        "token_share": None if token_share is None else token_share.value,
+        "initial_budget": initial_budget,
+        "alpha": alpha,
+    }
+    adaptive = {name: value for name, value in adaptive.items() if value is not None}
+    if adaptive:
+        given["alast"] = adaptive
     from edgetune.cli.progress import Terminal
 
+    # Until the loop takes over, SIGTERM ends the process as Ctrl-C does: with what was begun taken back.
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
     with Terminal(quiet=quiet, json=json) as terminal:
-        if resume is not None:
-            report = _resume(resume, given, output, plan, terminal)
-        else:
-            from edgetune import run
+        try:
+            if resume is not None:
+                report = _resume(resume, given, output, plan, terminal)
+            else:
+                from edgetune import run
 
-            report = run.finetune(_settings(given), output=output, plan_file=plan, listener=terminal)
+                report = run.finetune(_settings(given), output=output, plan_file=plan, listener=terminal)
+        except EdgetuneError as error:
+            if error.report is not None:
+                terminal.finished(error.report)
+            raise
         terminal.finished(report)
 
 
@@ -305,6 +361,10 @@ def _settings(given: dict[str, Any]) -> RunSettings:
 
     if "model" not in given:
         given["model"] = "deit_tiny_patch16_224" if "data" in given else "edgetune_micro"
+    if "alast" in given:
+        from edgetune.alast import AlastSettings
+
+        given["alast"] = AlastSettings(**given["alast"])
     return RunSettings(**given)
 
 

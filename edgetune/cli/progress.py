@@ -30,7 +30,6 @@ class Terminal:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last_line = 0.0
-        self.cap_bytes = 0
 
     def __enter__(self) -> Terminal:
         if self.console.is_terminal and not self.quiet:
@@ -68,8 +67,7 @@ class Terminal:
             f"loss {event.loss:.3f}  accuracy {event.train_accuracy:.1%}  {event.images_per_second:.1f} images/s  "
             f"ETA {format_seconds(event.eta_seconds)}"
         )
-        if self.cap_bytes:
-            detail += f"  memory {format_memory(event.memory_bytes, self.cap_bytes)}"
+        detail += f"  memory {format_memory(event.memory_bytes, event.cap_bytes)}"
         self._show("train", event.step, event.total_steps, detail)
 
     def evaluated(self, step: int, epoch: float, scores: Scores, best: bool) -> None:

@@ -54,7 +54,9 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     peak_file_bytes: Annotated[Count | None, _is("of that, backed by files, bytes")] = None
     peak_swap_bytes: Annotated[Count | None, _is("this process's pages that were swapped out, bytes")] = None
     children_peak_bytes: Annotated[Count | None, _is("child processes, bytes")] = None
-    peak_live_bytes: Annotated[Count | None, _is("tensors alive at the same time, bytes")] = None
+    peak_live_bytes: Annotated[
+        Count | None, _is("C heap in use above the runtime, tensors nearly all of it, as sampled, bytes")
+    ] = None
     cuda_peak_bytes: Annotated[Count | None, _is("GPU memory held by torch, bytes")] = None
     phases: Annotated[dict[str, int], _is("measured peak of each phase (load, train, ...), bytes")] = {}
     predicted_phases: Annotated[dict[str, int], _is("the plan's peak of each phase, bytes")] = {}

@@ -202,11 +202,11 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
     block = model.blocks[0]
     attention = getattr(block, "attn", None)
     heads = getattr(attention, "num_heads", None) or getattr(block, "num_heads", None) or 1
-    fc1 = getattr(getattr(block, "mlp", None), "fc1", None)
-    gated = type(getattr(block, "mlp", None)).__name__ in ("GluMlp", "SwiGLU", "SwiGLUPacked")
-    mlp_width = fc1.out_features if fc1 is not None else 4 * model.embed_dim
-    if gated and type(block.mlp).__name__ == "GluMlp":
-        mlp_width //= 2  # fc1 makes both halves at once
+    mlp = getattr(block, "mlp", None)
+    gated = type(mlp).__name__ in ("GluMlp", "SwiGLU", "SwiGLUPacked")
+    # fc2's input is the hidden layer after its activation: of a gated MLP, one half.
+    fc2 = getattr(mlp, "fc2", None)
+    mlp_width = fc2.in_features if fc2 is not None else 4 * model.embed_dim
     counts: dict[str, int] = {"embeddings": 0, "head": 0}
     blocks = [0] * len(model.blocks)
     largest = 0

@@ -1,0 +1,48 @@
+"""Shapes of models for tests of what needs no model: `deit_tiny`, and one with any numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgetune.cost import ViTShape
+
+
+def make_shape(
+    *,
+    depth: int = 12,
+    width: int = 192,
+    heads: int = 3,
+    mlp_ratio: int = 4,
+    grid: int = 14,
+    patch_px: int = 16,
+    prefix_tokens: int = 1,
+    classes: int = 10,
+    name: str = "vit",
+    **others: Any,
+) -> ViTShape:
+    """A plain ViT's shape, its parameters counted as timm has them."""
+    hidden = mlp_ratio * width
+    block = 2 * 2 * width + 4 * width * (width + 1) + (width + 1) * hidden + (hidden + 1) * width
+    patch = 3 * patch_px**2 * width
+    embed = patch + width + (grid**2 + prefix_tokens) * width + prefix_tokens * width
+    return ViTShape(
+        name=name,
+        depth=depth,
+        width=width,
+        heads=heads,
+        head_width=width // heads,
+        mlp_width=hidden,
+        patch_tokens=grid**2,
+        prefix_tokens=prefix_tokens,
+        classes=classes,
+        image_px=(grid * patch_px, grid * patch_px),
+        patch_px=(patch_px, patch_px),
+        embed_parameters=embed,
+        block_parameters=block,
+        head_parameters=2 * width + (width + 1) * classes,
+        largest_parameter=max(patch, hidden * width, 3 * width * width, (grid**2 + prefix_tokens) * width),
+        **others,
+    )
+
+
+DEIT_TINY = make_shape(name="deit_tiny_patch16_224", classes=1000)
