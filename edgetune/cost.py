@@ -45,6 +45,13 @@ class ViTShape(msgspec.Struct, frozen=True, kw_only=True):
     qk_norm: bool = False
     pre_norm: bool = False
     gated_mlp: bool = False
+    # Hidden layers that stand at once in the MLP's forward: before and after the activation, and what it makes between.
+    hidden_layers: int = 2
+    # Floats a token that autograd keeps of a block (frozen, trained), as the block itself tells; None: counted below.
+    block_saved_floats: tuple[int, int] | None = None
+    # A convolutional stem's, floats an image: what autograd keeps of it where it trains, and its largest feature map.
+    stem_saved_floats: int = 0
+    stem_largest_floats: int = 0
     embed_parameters: int
     block_parameters: int
     head_parameters: int  # final norm, pooling and classifier
@@ -128,8 +135,14 @@ def saved_bytes(shape: ViTShape, state: BlockState, patch_tokens: int, batch: in
     """
     if state is BlockState.BELOW:
         return 0
-    width, mlp, attention = shape.width, shape.mlp_width, shape.attention_width
     trained = state is BlockState.TRAINED
+    floats = shape.block_saved_floats[trained] if shape.block_saved_floats else _saved_floats(shape, trained)
+    return floats * batch * (patch_tokens + shape.prefix_tokens) * FLOAT_BYTES
+
+
+def _saved_floats(shape: ViTShape, trained: bool) -> int:
+    """Floats a token that timm's plain `Block` keeps."""
+    width, mlp, attention = shape.width, shape.mlp_width, shape.attention_width
     # norm1 and norm2 inputs; q, k, v; attention's output (which is proj's input).
     floats = 2 * width + 3 * attention + attention
     # mean and rstd of both norms; log-sum-exp of each head's rows.
@@ -143,7 +156,7 @@ def saved_bytes(shape: ViTShape, state: BlockState, patch_tokens: int, batch: in
         floats += 2 * width + mlp  # inputs of qkv, fc1 and fc2
         if shape.layer_scale:
             floats += 2 * width
-    return floats * batch * (patch_tokens + shape.prefix_tokens) * FLOAT_BYTES
+    return floats
 
 
 def _pruning_bytes(shape: ViTShape, after: int, batch: int) -> int:
@@ -161,7 +174,7 @@ def forward_workspace_bytes(shape: ViTShape, patch_tokens: int, batch: int) -> i
     Inside the MLP: the block's input, the residual stream, its normed copy, the hidden layer before and after its
     activation.
     """
-    mlp = (3 if shape.gated_mlp else 2) * shape.mlp_width
+    mlp = shape.hidden_layers * shape.mlp_width
     floats = max(3 * shape.width + mlp, 3 * shape.width + 4 * shape.attention_width)
     return floats * batch * (patch_tokens + shape.prefix_tokens) * FLOAT_BYTES
 
@@ -172,11 +185,17 @@ def _backward_workspace_bytes(shape: ViTShape, state: BlockState, patch_tokens: 
     The stream's gradient and the hidden layer's, after and before the activation. A trained block has freed fc2's
     input by then, which makes up for one of them.
     """
-    hidden = (2 if shape.gated_mlp else 1) * shape.mlp_width
+    hidden = (2 if shape.gated_mlp else shape.hidden_layers - 1) * shape.mlp_width
     if state is BlockState.ON_PATH:
         hidden += shape.mlp_width
     floats = max(2 * shape.width + hidden, 2 * shape.width + 4 * shape.attention_width)
     return floats * batch * (patch_tokens + shape.prefix_tokens) * FLOAT_BYTES
+
+
+def _embedding_workspace_bytes(shape: ViTShape, batch: int) -> int:
+    """The most that the embedding holds at once: the tokens three times, or a stem's feature maps."""
+    floats = max(shape.all_tokens * shape.width, shape.stem_largest_floats)
+    return 3 * floats * batch * FLOAT_BYTES
 
 
 def trained_parameters(shape: ViTShape, trained_blocks: int, embeddings_train: bool) -> int:
@@ -223,9 +242,11 @@ def step_cost(
     # Forward: what has been saved so far, plus the workspace of the block at hand.
     embedded = micro_batch * shape.all_tokens * shape.width * FLOAT_BYTES
     held = (input_bytes(shape, micro_batch) + embedded) if selection.embeddings_train else 0
+    stem = micro_batch * shape.stem_saved_floats * FLOAT_BYTES if selection.embeddings_train else 0
+    held += stem
     if shape.pre_norm and selection.embeddings_train:
         held += embedded
-    peak = resting + carried + held + 3 * embedded
+    peak = resting + carried + held + _embedding_workspace_bytes(shape, micro_batch)
     saved: list[int] = []
     for block, state in enumerate(states):
         tokens = selection.tokens[block]
@@ -258,7 +279,8 @@ def step_cost(
         held -= saved[block]
     if selection.embeddings_train:
         kernel = shape.patch_px[0] * shape.patch_px[1] * shape.channels * shape.width * FLOAT_BYTES
-        peak = max(peak, resting + all_gradients + held + 2 * embedded + CONVOLUTION_SCRATCH_COPIES * kernel)
+        workspace_of_stem = _embedding_workspace_bytes(shape, micro_batch) - embedded
+        peak = max(peak, resting + all_gradients + held + workspace_of_stem + CONVOLUTION_SCRATCH_COPIES * kernel)
     # The update of the largest tensor needs two temporaries of its size.
     update = 2 * shape.largest_parameter * FLOAT_BYTES
     peak = max(peak, resting - inputs + all_gradients + update)
@@ -278,7 +300,10 @@ def evaluation_peak_bytes(shape: ViTShape, batch: int) -> int:
     """Live bytes of a forward pass on all tokens without gradient, above weights and optimizer state."""
     return (
         input_bytes(shape, batch)
-        + forward_workspace_bytes(shape, shape.patch_tokens, batch)
+        + max(
+            forward_workspace_bytes(shape, shape.patch_tokens, batch),
+            _embedding_workspace_bytes(shape, batch),
+        )
         + batch * shape.classes * FLOAT_BYTES
     )
 

@@ -11,10 +11,21 @@ from typing import Any
 import numpy as np
 
 from edgetune import system
-from edgetune.data import Preprocess, bundled_sample, load_batch, load_image, open_folder, open_for_evaluation, prefetch
-from edgetune.errors import BackendUnavailable, EdgetuneError
+from edgetune.data import (
+    DataFolder,
+    Preprocess,
+    bundled_sample,
+    load_batch,
+    load_image,
+    open_folder,
+    open_for_evaluation,
+    prefetch,
+)
+from edgetune.data.images import shown
+from edgetune.errors import BackendUnavailable, DataError, EdgetuneError
 from edgetune.report import Tally
-from edgetune.store import MODEL_FILE, read_stored
+from edgetune.settings import StoredRun
+from edgetune.store import MODEL_FILE, images_sha256, read_stored
 
 
 @dataclass(frozen=True)
@@ -24,9 +35,7 @@ class LoadedRun:
     folder: Path
     classes: tuple[str, ...]
     preprocess: Preprocess
-    data: str | None
-    seed: int
-    val_share: float
+    stored: StoredRun
     logits: Callable[[Any], Any]
 
 
@@ -46,10 +55,7 @@ def load_run(folder: Path, *, threads: int | None = None) -> LoadedRun:
         with torch.inference_mode():
             return model(torch.from_numpy(inputs)).numpy()
 
-    settings = stored.settings
-    return LoadedRun(
-        folder, stored.classes, stored.preprocess, settings.data, settings.seed, settings.val_share, logits
-    )
+    return LoadedRun(folder, stored.classes, stored.preprocess, stored, logits)
 
 
 def evaluate(run: LoadedRun, data: Path | None, *, batch_size: int, note: Callable[[str], object]) -> dict[str, Any]:
@@ -60,9 +66,7 @@ def evaluate(run: LoadedRun, data: Path | None, *, batch_size: int, note: Callab
     if data is not None:
         found = open_for_evaluation(data, run.classes, preprocess=run.preprocess)
     else:
-        found = open_folder(
-            run.data or bundled_sample(), seed=run.seed, val_share=run.val_share, preprocess=run.preprocess, max_bad=1.0
-        )
+        found = _own_images(run, note)
     for text in found.notes:
         note(text)
     images, tally = found.val, Tally(len(run.classes))
@@ -88,6 +92,23 @@ def evaluate(run: LoadedRun, data: Path | None, *, batch_size: int, note: Callab
     }
 
 
+def _own_images(run: LoadedRun, note: Callable[[str], object]) -> DataFolder:
+    """The images that the run validated on, split as it did."""
+    settings = run.stored.settings
+    found = open_folder(
+        settings.data or bundled_sample(),
+        seed=settings.seed,
+        val_share=settings.val_share,
+        preprocess=run.preprocess,
+        max_bad=1.0,
+    )
+    if found.classes != run.classes:
+        raise DataError("the run's images have other classes now than it was trained on. Name images with --data.")
+    if images_sha256(found) != run.stored.images_sha256:
+        note("warning: the images have changed since the run; some of these may have been trained on")
+    return found
+
+
 def predict(run: LoadedRun, images: Sequence[Path], *, top: int) -> Iterable[dict[str, Any]]:
     """For each image its most probable classes; one that can't be read gets `error` instead, and the others go on."""
     for path in images:
@@ -96,7 +117,11 @@ def predict(run: LoadedRun, images: Sequence[Path], *, top: int) -> Iterable[dic
         except EdgetuneError as error:
             yield {"image": str(path), "error": str(error)}
             continue
-        probabilities = softmax(run.logits(inputs))[0]
+        logits = run.logits(inputs)
+        if not np.isfinite(logits).all():
+            yield {"image": str(path), "error": f"{shown(str(path))}: the model's output is no finite number"}
+            continue
+        probabilities = softmax(logits)[0]
         order = np.argsort(-probabilities)[:top]
         yield {
             "image": str(path),

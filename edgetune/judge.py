@@ -11,7 +11,7 @@ import platform
 import msgspec
 
 from edgetune import devices, system
-from edgetune.memory import MemoryMeter, MemoryPeaks, MemorySnapshot
+from edgetune.memory import MemoryMeter, MemoryPeaks
 from edgetune.profiles import DeviceProfile
 from edgetune.units import MIB, format_bytes
 
@@ -30,12 +30,6 @@ class Judge(msgspec.Struct, frozen=True, kw_only=True):
     host_runtime_bytes: int
     device_runtime_bytes: int
     notes: tuple[str, ...] = ()
-
-    def device_bytes(self, now: MemorySnapshot) -> int:
-        """The judged figure of a moment."""
-        if not self.simulated:
-            return now.total_bytes
-        return self.device_runtime_bytes + max(0, now.total_bytes - self.host_runtime_bytes)
 
     def device_peak_bytes(self, peaks: MemoryPeaks) -> int:
         """The judged figure of a run: what the verdict compares with the cap."""

@@ -32,7 +32,11 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method(name="full", learning_rate={"adamw": 5e-4, "momentum": 5e-3, "sgd": 5e-2}, help="every parameter"),
-        Method(name="head", learning_rate={"adamw": 1e-2, "momentum": 1e-1, "sgd": 1.0}, help="the classifier only"),
+        Method(
+            name="head",
+            learning_rate={"adamw": 1e-2, "momentum": 1e-1, "sgd": 1.0},
+            help="the classifier and the norm before it",
+        ),
         Method(name="last-k", learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1}, help="the last K blocks"),
         Method(
             name="random-k",

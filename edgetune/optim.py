@@ -40,6 +40,13 @@ class Optimizer:
         self.state: dict[str, dict[str, Any]] = {}
         self.steps: dict[str, int] = {}
 
+    def reserve(self, named_parameters: Iterable[tuple[str, Any]]) -> None:
+        """Make the state of all parameters that may ever be updated, so that memory does not creep up as they are."""
+        for name, parameter in named_parameters:
+            if name not in self.state and STATE_KEYS[self.settings.name]:
+                # clone first: memory that is only asked for as zeros is not touched, and would come later.
+                self.state[name] = {key: parameter.detach().clone().zero_() for key in STATE_KEYS[self.settings.name]}
+
     def step(self, named_parameters: Iterable[tuple[str, Any]], learning_rate: float) -> None:
         """Update each parameter that has a gradient. Call it under no_grad."""
         update = {"adamw": self._adamw, "momentum": self._sgd, "sgd": self._sgd}[self.settings.name]
@@ -51,11 +58,8 @@ class Optimizer:
 
     def _adamw(self, name: str, parameter: Any, gradient: Any, learning_rate: float, decay: float) -> None:
         settings = self.settings
-        state = self.state.get(name)
-        if state is None:
-            # detach: `zeros_like` on a leaf would be a tensor of the same kind, and nothing may track it.
-            state = {key: parameter.detach().clone().zero_() for key in STATE_KEYS["adamw"]}
-            self.state[name] = state
+        self.reserve([(name, parameter)])
+        state = self.state[name]
         step = self.steps[name]
         parameter.mul_(1 - learning_rate * decay)
         state["exp_avg"].lerp_(gradient, 1 - settings.beta1)
@@ -68,9 +72,7 @@ class Optimizer:
         if decay:
             gradient = gradient.add(parameter, alpha=decay)
         if self.settings.name == "momentum":
-            if name not in self.state:
-                self.state[name] = {"momentum": gradient.detach().clone()}
-            else:
-                self.state[name]["momentum"].mul_(self.settings.momentum).add_(gradient)
+            self.reserve([(name, parameter)])
+            self.state[name]["momentum"].mul_(self.settings.momentum).add_(gradient)
             gradient = self.state[name]["momentum"]
         parameter.add_(gradient, alpha=-learning_rate)

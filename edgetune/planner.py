@@ -13,7 +13,7 @@ of `cost.step_cost` for the worst draw at the ceilings, plus what data and the a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -26,13 +26,14 @@ from edgetune.units import MIB, format_bytes
 # What a run's process holds beyond live tensors: a share (blocks the allocator keeps, alignment) and a fixed part
 # (Python objects, code paged in by kernels the warm-up did not meet, report). Measured by `benchmarks/memory_plan.py`.
 ALLOCATOR_SHARE = 0.04
-PROCESS_BYTES = 16 * MIB
+PROCESS_BYTES = 20 * MIB
 # Micro-batches that exist beside the one being computed: one being loaded, one waiting.
 PREFETCHED_BATCHES = 2
 MAX_EVALUATION_BATCH = 64
 # At the floor of every block, at least this share of the patch tokens reaches the last block (see docs/decisions).
 LAST_BLOCK_TOKEN_SHARE = 0.25
 CEILING_STEPS = 6
+TOKEN_MULTIPLE = 8
 
 
 class MethodSpace(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,7 +99,7 @@ class _Candidate(msgspec.Struct, frozen=True):
     token_ceiling: tuple[int, ...]
 
 
-def plan(request: PlanRequest, smaller_models: Sequence[ViTShape] = ()) -> Plan:
+def plan(request: PlanRequest, smaller_models: Iterable[ViTShape] = ()) -> Plan:
     """The most preferred plan whose predicted peak is at most the cap.
 
     Raises: DoesNotFit, naming the smallest cap for this method, batch and floor, and the first of `smaller_models`
@@ -108,9 +109,9 @@ def plan(request: PlanRequest, smaller_models: Sequence[ViTShape] = ()) -> Plan:
     refused: tuple[_Candidate, int, int] | None = None  # the last candidate that did not fit, and its bytes
     for candidate in _candidates(request):
         sizes = _micro_batches(request)
-        smallest = predicted_peak_bytes(request, candidate, sizes[-1])
+        smallest, size = _smallest_peak(request, candidate)
         if smallest > request.cap_bytes:
-            refused = (candidate, sizes[-1], smallest)
+            refused = (candidate, size, smallest)
             continue
         for micro_batch in sizes:
             peak = predicted_peak_bytes(request, candidate, micro_batch)
@@ -123,12 +124,24 @@ def plan(request: PlanRequest, smaller_models: Sequence[ViTShape] = ()) -> Plan:
 
 def smallest_cap_bytes(request: PlanRequest) -> int:
     """The least cap under which this method, batch and floor have a plan."""
-    micro_batch = _micro_batches(request)[-1]
-    return min(predicted_peak_bytes(request, candidate, micro_batch) for candidate in _candidates(request))
+    return min(_smallest_peak(request, candidate)[0] for candidate in _candidates(request))
+
+
+def _smallest_peak(request: PlanRequest, candidate: _Candidate) -> tuple[int, int]:
+    """The least predicted peak over all micro-batches, and the micro-batch that has it.
+
+    Smaller is less, but for one case: the whole batch at once holds no gradients of earlier micro-batches.
+    """
+    sizes = _micro_batches(request)
+    return min((predicted_peak_bytes(request, candidate, size), size) for size in {sizes[0], sizes[-1]})
 
 
 def fit(selection: Selection, plan: Plan) -> Selection:
-    """Clip a proposal to the plan: no block below the split, at most K of them, no more tokens than the ceilings."""
+    """Clip a proposal to the plan: no block below the split, at most K of them, no more tokens than the ceilings.
+
+    Token counts go up to a multiple of TOKEN_MULTIPLE, so that a run meets few shapes: for each new one the allocator and
+    oneDNN keep memory for good (16 MiB in 90 steps of the bundled model).
+    """
     room = plan.trained_blocks
     trains = []
     for block, trained in enumerate(selection.trains):
@@ -137,32 +150,43 @@ def fit(selection: Selection, plan: Plan) -> Selection:
         trains.append(allowed)
     tokens: list[int] = []
     for asked, ceiling in zip(selection.tokens, plan.token_ceiling, strict=True):
-        tokens.append(max(1, min(asked, ceiling, tokens[-1] if tokens else ceiling)))
+        tokens.append(max(1, min(_rounded_up(asked), ceiling, tokens[-1] if tokens else ceiling)))
     return Selection(tuple(trains), tuple(tokens), plan.embeddings_train and selection.embeddings_train)
 
 
 def worst_draws(depth: int, split_block: int, count: int, tokens: tuple[int, ...], embeddings: bool) -> list[Selection]:
     """Draws of which one has the largest peak among all draws of `count` blocks above the split.
 
-    The lowest block on the path decides what is held, so the worst draw includes the split block; where the others
-    stand shifts bytes between saved activations (low: more tokens) and the workspace at the top.
+    A trained block saves more the lower it stands (it sees more tokens), and adds its gradients to whatever peaks below
+    it, wherever it stands. So for a peak at any block, the worst draw trains some of the blocks above it, say the top
+    ones, and of those up to it the lowest, from the split on: it is one of these.
     """
     if count == 0:
         return [Selection((False,) * depth, tokens, embeddings)]
-    draws: dict[Selection, None] = {}
-    for start in range(split_block + 1, depth - count + 2):
-        chosen = {split_block, *range(start, start + count - 1)}
-        draws[Selection(tuple(block in chosen for block in range(depth)), tokens, embeddings)] = None
-    return list(draws)
+    draws = []
+    for high in range(count):
+        low = split_block + count - high
+        trains = tuple(split_block <= block < low or block >= depth - high for block in range(depth))
+        draws.append(Selection(trains, tokens, embeddings))
+    return draws
 
 
 def ceilings(shape: ViTShape, split_block: int, keep_ratio: float) -> tuple[int, ...]:
-    """Most patch tokens a block: all up to the split block, then a share `keep_ratio` of what is left, rounded up."""
+    """Most patch tokens a block: all up to the split block, then a share `keep_ratio` of what is left.
+
+    Each count goes up to a multiple of TOKEN_MULTIPLE.
+    """
+    left = float(shape.patch_tokens)
     counts = [shape.patch_tokens] * min(split_block + 1, shape.depth)
     while len(counts) < shape.depth:
-        # 1e-9: a ratio like 0.9 must not round a whole number up.
-        counts.append(max(1, -int(-(counts[-1] * keep_ratio - 1e-9) // 1)))
+        left *= keep_ratio
+        counts.append(min(counts[-1], _rounded_up(left)))
     return tuple(counts)
+
+
+def _rounded_up(tokens: float) -> int:
+    # 1e-9: a ratio like 0.9 must not push a whole number over the next multiple.
+    return TOKEN_MULTIPLE * max(1, -int(-(tokens - 1e-9) // TOKEN_MULTIPLE))
 
 
 def default_token_floor(depth: int, split_block: int) -> float:
@@ -362,7 +386,7 @@ def _describe(request: PlanRequest, candidate: _Candidate, micro_batch: int) -> 
     return f"{batch}, {blocks}{tokens}"
 
 
-def _does_not_fit(request: PlanRequest, smallest_cap: int, smaller_models: Sequence[ViTShape]) -> str:
+def _does_not_fit(request: PlanRequest, smallest_cap: int, smaller_models: Iterable[ViTShape]) -> str:
     shape = request.shape
     message = (
         f"{shape.name} with method {request.space.name}, batch {request.batch_size} and "

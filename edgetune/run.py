@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,17 +39,18 @@ from edgetune.outcome import Outcome, make_report
 from edgetune.planner import Plan, PlanRequest
 from edgetune.planner import plan as make_plan
 from edgetune.profiles import DeviceProfile
-from edgetune.report import MetricsLog, RunReport, Scores, report_to_json
+from edgetune.report import MetricsLog, RunReport, Scores, read_report, report_to_json
 from edgetune.settings import RunSettings, StoredRun
 from edgetune.store import (
     METRICS_FILE,
-    MODEL_FILE,
     PLAN_FILE,
     REPORT_FILE,
     Standing,
+    images_sha256,
     read_plan,
     read_stored,
     restore,
+    trainable_space,
     write_model,
     write_start,
 )
@@ -120,8 +122,9 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
     Raises: RunFolderError if there is nothing to resume; else as `finetune`.
     """
     began = time.monotonic()
+    stored = read_stored(path)  # before the lock, which would leave its file in a folder that is no run's
+    _refuse_finished(path)
     with MemoryMeter() as meter, open_run_folder(path):
-        stored = read_stored(path)
         settings = stored.settings if data is None else msgspec.structs.replace(stored.settings, data=data)
         profile = devices.find_device(settings.device)
         judge = _warm_up(settings, profile, meter)
@@ -131,12 +134,22 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
                 f"the images have other classes than the run: {_some(setup.data.classes)} instead of "
                 f"{_some(stored.classes)}. Give the run's own images with --data."
             )
+        if images_sha256(setup.data) != stored.images_sha256:
+            raise RunFolderError(
+                f"the images are not those that the run started with: {len(setup.data.train.paths)} for training and "
+                f"{len(setup.data.val.paths)} for validation instead of {stored.train_images} and "
+                f"{stored.val_images}, or others of the same number. Put them back, or start a new run: "
+                f"--model local-dir:{path} goes on from its weights."
+            )
         with meter.phase("load"):
             backend = _build(setup, meter, pretrained=False)[1]
             standing = restore(path, setup.plan, backend)
         for note in standing.notes:
             listener.note(note)
-        listener.note(f"going on from step {standing.state.step}")
+        step = standing.state.step
+        listener.note(f"going on from step {step}")
+        notes = (*standing.notes, f"resumed at step {step}: memory figures are of the part after it")
+        standing = standing._replace(notes=notes)
         return _train_and_report(path, setup, backend, standing, meter, listener, began)
 
 
@@ -154,7 +167,11 @@ def prepare(
 
     source = ModelSource(name=settings.model, image_px=settings.image_px)
     _, preprocess = describe(source, classes=2)
-    decode_budget = max(LEAST_DECODE_BYTES, int((judge.cap_bytes - judge.device_runtime_bytes) * DECODE_SHARE))
+    left = judge.cap_bytes - judge.device_runtime_bytes
+    if stored_plan is not None:
+        # What this machine has left today must not change at which scale a photograph is decoded.
+        left = stored_plan.cap_bytes - stored_plan.runtime_bytes
+    decode_budget = max(LEAST_DECODE_BYTES, int(left * DECODE_SHARE))
     with meter.phase("data"):
         data = open_folder(
             settings.data or bundled_sample(),
@@ -246,6 +263,9 @@ def _load_new(setup: Setup, path: Path, meter: MemoryMeter) -> tuple[Backend, Ca
     stored = StoredRun(
         settings=setup.settings,
         classes=setup.data.classes,
+        train_images=len(setup.data.train.paths),
+        val_images=len(setup.data.val.paths),
+        images_sha256=images_sha256(setup.data),
         preprocess=setup.preprocess,
         architecture=loaded.architecture,
         model_args=loaded.model_args,
@@ -302,7 +322,14 @@ def _train_and_report(
     metrics = MetricsLog(path / METRICS_FILE)
     metrics.truncate_after(state.step, keep_evaluation=state.evaluated_step == state.step)
 
+    def count_time() -> None:
+        nonlocal began
+        now = time.monotonic()
+        state.total_seconds += now - began
+        began = now
+
     def save_checkpoint(state: TrainingState) -> None:
+        count_time()
         with meter.phase("save"):
             standing.write_checkpoint(state)
 
@@ -310,6 +337,7 @@ def _train_and_report(
         with meter.phase("save"):
             write_model(path, backend)
 
+    backend.reserve(trainable_space(plan))
     job = Job(
         settings=settings,
         method=method,
@@ -338,7 +366,8 @@ def _train_and_report(
         except Interruption:
             stopped = "interrupted"
             error = Interrupted(
-                f"stopped after step {state.step}. Go on with: edgetune finetune --resume {path}", signals[0]
+                f"stopped after step {state.step}. Go on with: edgetune finetune --resume {path}",
+                signals[0] if signals else signal.SIGINT,
             )
         except OverCap:
             stopped = "over the cap"
@@ -352,13 +381,21 @@ def _train_and_report(
             )
         except Diverged:
             stopped = "diverged"
+            reached = "The weights left there are of no use."
+            if state.best is not None and state.best.accuracy is not None:
+                reached = f"The best epoch before, at {state.best.accuracy:.1%}, is kept."
             error = EdgetuneError(
                 f"the loss was no finite number at step {state.step}. Try a lower --lr than {rate:g}. "
-                f"What was reached before is in {path}."
+                f"The run folder is {path}. {reached}"
             )
-    if not (path / MODEL_FILE).exists():
+        except EdgetuneError as failure:
+            # An image that has gone, a full disk: the state is that of the last whole step.
+            stopped, error = "failed", failure
+            save_checkpoint(state)
+            listener.note(f"stopped after step {state.step}. Go on with: edgetune finetune --resume {path}")
+    if state.best is None:
         save_best()  # stopped before the first evaluation: the weights as they are
-    state.total_seconds += time.monotonic() - began
+    count_time()
     outcome = Outcome(
         settings=settings,
         judge=setup.judge,
@@ -421,6 +458,19 @@ class _Logged:
         self._listener.evaluated(step, epoch, scores, best)
 
 
+def _refuse_finished(path: Path) -> None:
+    """Raises: RunFolderError if the run's report says that it is finished."""
+    try:
+        report = read_report(path / REPORT_FILE)
+    except RunFolderError:
+        return  # none was written: the run was killed
+    if report.stopped_because == "finished":
+        raise RunFolderError(
+            f"the run in {path} is finished ({report.steps} steps): there is nothing to resume. "
+            f"To train its model further: edgetune finetune --model local-dir:{path}"
+        )
+
+
 def _is_out_of_memory(error: BaseException) -> bool:
     """Allocators say it in many words; these are those of numpy, torch's CPU allocator, the C++ library and oneDNN."""
     words = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a primitive")
@@ -453,11 +503,12 @@ def _settings_of_plan(settings: RunSettings, plan: Plan) -> RunSettings:
     )
 
 
-def _smaller_models(shape: ViTShape) -> list[ViTShape]:
-    """Common models with fewer parameters, for the message that says what would fit."""
+def _smaller_models(shape: ViTShape) -> Iterator[ViTShape]:
+    """Common models for the message that says what would fit; made only if the message is."""
     from edgetune.vit.models import COMMON_MODELS, ModelSource, describe
 
-    return [describe(ModelSource(name=name), shape.classes)[0] for name in COMMON_MODELS]
+    for name in COMMON_MODELS:
+        yield describe(ModelSource(name=name), shape.classes)[0]
 
 
 def _some(names: tuple[str, ...], most: int = 5) -> str:

@@ -9,6 +9,7 @@ import msgspec
 from edgetune.alast import AlastSettings
 from edgetune.data import Preprocess
 from edgetune.errors import UsageError
+from edgetune.methods import METHODS
 from edgetune.optim import OptimizerName
 
 Augment = Literal["none", "timm"]
@@ -55,13 +56,17 @@ class StoredRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     format_version: int = 1
     settings: RunSettings
     classes: tuple[str, ...]
+    train_images: int
+    val_images: int
+    # Of their relative paths and labels in order: with other images, the steps to come would see others.
+    images_sha256: str
     preprocess: Preprocess
     architecture: str
     model_args: dict[str, object]
 
 
 def check(settings: RunSettings) -> None:
-    """Raises: UsageError for a number that makes no sense, naming the flag."""
+    """Raises: UsageError for a value that makes no sense, naming the flag."""
     limits = (
         ("--epochs", settings.epochs, 1, 100_000),
         ("--steps", settings.steps, 1, 10**9),
@@ -87,3 +92,26 @@ def check(settings: RunSettings) -> None:
             raise UsageError(f"{flag} must be between {least} and {most}, not {value}.")
     if settings.learning_rate == 0:
         raise UsageError("--lr must be above 0.")
+    if settings.method not in METHODS:
+        raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {settings.method!r}.")
+    if settings.weights is not None and not settings.pretrained:
+        raise UsageError("--weights and --no-pretrained contradict each other: leave one of them out.")
+    texts = {
+        "--model": settings.model,
+        "--weights": settings.weights,
+        "--data": settings.data,
+        "--device": settings.device,
+    }
+    for flag, text in texts.items():
+        if text is not None and not _is_unicode(text):
+            raise UsageError(
+                f"{flag} {text!r} is not UTF-8, so run.json can't hold it. Rename it, or give a link to it."
+            )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a path that are not UTF-8
+        return False
+    return True

@@ -11,6 +11,8 @@ checkpoints/       the base weights once, and of the last two checkpoints only w
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -29,9 +31,11 @@ from edgetune.checkpoint import (
     write_atomically,
 )
 from edgetune.cost import Selection
-from edgetune.errors import RunFolderError
+from edgetune.data import DataFolder
+from edgetune.errors import RunFolderError, UsageError
+from edgetune.methods import METHODS
 from edgetune.planner import Plan
-from edgetune.settings import StoredRun
+from edgetune.settings import StoredRun, check
 from edgetune.trainer import TrainingState
 
 RUN_FILE, PLAN_FILE, REPORT_FILE = "run.json", "plan.json", "report.json"
@@ -103,11 +107,21 @@ def restore(folder: Path, plan: Plan, backend: Backend) -> Standing:
     if found is None:
         raise RunFolderError(f"{folder} has no checkpoint: there is nothing to resume. Start the run again.")
     checkpoint, tensors, notes = found
-    for name, array in read_base(folder, checkpoint.base_sha256):
-        backend.restore({name: array}, {}, {})
-    backend.restore(
-        dict(_prefixed(tensors, MODEL_PREFIX)), dict(_prefixed(tensors, OPTIMIZER_PREFIX)), checkpoint.optimizer.steps
-    )
+    if checkpoint.optimizer.name != plan.optimizer:
+        raise RunFolderError(
+            f"the checkpoint in {folder} is of {checkpoint.optimizer.name}, its plan asks for {plan.optimizer}: "
+            "one of them is another run's."
+        )
+    try:
+        for name, array in read_base(folder, checkpoint.base_sha256):
+            backend.restore({name: array}, {}, {})
+        backend.restore(
+            dict(_prefixed(tensors, MODEL_PREFIX)),
+            dict(_prefixed(tensors, OPTIMIZER_PREFIX)),
+            checkpoint.optimizer.steps,
+        )
+    except (KeyError, RuntimeError) as error:  # a tensor that the model lacks, or has in another shape
+        raise RunFolderError(f"the checkpoint in {folder} does not belong to the run's model: {error}.") from error
     try:
         state = msgspec.convert(checkpoint.training, TrainingState)
     except msgspec.ValidationError as error:
@@ -125,12 +139,49 @@ def trainable_space(plan: Plan) -> Selection:
 
 def read_stored(folder: Path) -> StoredRun:
     """Raises: RunFolderError if the folder is no run folder, or its run.json is damaged."""
-    return read_json(folder / RUN_FILE, StoredRun)
+    stored = read_json(folder / RUN_FILE, StoredRun)
+    try:
+        check(stored.settings)
+    except UsageError as error:
+        raise RunFolderError(f"{folder / RUN_FILE} is damaged: {error}") from error
+    return stored
 
 
 def read_plan(path: Path) -> Plan:
-    """Raises: RunFolderError if the file is no plan."""
-    return read_json(path, Plan)
+    """Raises: RunFolderError if the file is no plan, or one that no run could follow."""
+    plan = read_json(path, Plan)
+    depth, ceiling = len(plan.token_ceiling), plan.token_ceiling
+    limits = (
+        ("split_block", plan.split_block, 0, depth),
+        ("trained_blocks", plan.trained_blocks, 0, depth - plan.split_block),
+        ("token_floor", plan.token_floor, 0.001, 1.0),
+        ("batch_size", plan.batch_size, 1, 65_536),
+        ("micro_batch", plan.micro_batch, 1, plan.batch_size),
+        ("evaluation_batch", plan.evaluation_batch, 1, 65_536),
+        ("threads", plan.threads, 1, 1024),
+        ("cap_bytes", plan.cap_bytes, 1, 2**62),
+        ("runtime_bytes", plan.runtime_bytes, 0, 2**62),
+    )
+    wrong = [f"{name} is {value}" for name, value, least, most in limits if not least <= value <= most]
+    if plan.method not in METHODS:
+        wrong.append(f"method is {plan.method!r}")
+    if not ceiling or min(ceiling) < 1 or list(ceiling) != sorted(ceiling, reverse=True):
+        wrong.append("token_ceiling does not fall from block to block")
+    if wrong:
+        raise RunFolderError(
+            f"{path} is no plan that a run could follow: {'; '.join(wrong)}. Take another run's plan.json."
+        )
+    return plan
+
+
+def images_sha256(data: DataFolder) -> str:
+    """What tells a set of images from another: relative paths and labels, in the order that numbers them."""
+    digest = hashlib.sha256()
+    for images in (data.train, data.val):
+        for path, label in zip(images.paths, images.labels, strict=True):
+            digest.update(b"%d %s\0" % (label, os.fsencode(path)))
+        digest.update(b"\0")
+    return digest.hexdigest()
 
 
 def read_json(path: Path, kind: type[T]) -> T:
@@ -139,7 +190,7 @@ def read_json(path: Path, kind: type[T]) -> T:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise RunFolderError(f"{path} can't be read ({reason}). Wanted: a run folder of edgetune.") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RunFolderError(f"{path} is damaged or of another version of edgetune: {error}.") from error
 
 

@@ -1,21 +1,16 @@
-"""Shared fixtures: no network, no user folders, a small image folder, a fake backend. Nothing here imports torch."""
+"""Shared fixtures: no network, no user folders, a small image folder. Nothing here imports torch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 # Before torch is imported anywhere: threads that spin while they wait starve each other on a busy machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import numpy as np
 import pytest
-from PIL import Image
-
-from edgetune.backends.base import Array, Images, Labels, StepResult
-from edgetune.cost import Selection
+from doubles import make_images
 
 
 @pytest.fixture(autouse=True)
@@ -26,93 +21,7 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("EDGETUNE_CACHE_DIR", str(base / "cache"))
 
 
-def make_images(root: Path, counts: Mapping[str, int], size: int = 32, seed: int = 0) -> Path:
-    """Class folders of PNGs that can be told apart: a square whose place and colour depend on the class, in noise."""
-    rng = np.random.default_rng(seed)
-    for label, (name, count) in enumerate(counts.items()):
-        folder = root / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            pixels = rng.integers(0, 80, (size, size, 3), dtype=np.uint8)
-            row = (label * 7) % (size - 12) + int(rng.integers(0, 3))
-            pixels[row : row + 10, 4:20, label % 3] += 150
-            Image.fromarray(pixels).save(folder / f"{number:03d}.png")
-    return root
-
-
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Two classes of 14 and 10 images, without a val/."""
     return make_images(tmp_path / "images", {"cat": 14, "dog": 10})
-
-
-class FakeBackend:
-    """A linear classifier in numpy: everything of the protocol, nothing of torch. It records what it was asked."""
-
-    name = "fake"
-
-    def __init__(self, classes: int, pixels: int, depth: int = 4) -> None:
-        self.weight = np.zeros((pixels, classes), np.float32)
-        self.depth = depth
-        self.selections: list[Selection] = []
-        self.batches: list[list[int]] = []
-        self.rates: list[float] = []
-        self.fail_at: set[int] = set()
-        self._steps = 0
-
-    def step(
-        self,
-        micro_batches: Iterable[tuple[Images, Labels]],
-        selection: Selection,
-        *,
-        images: int,
-        weight_sum: float,
-        learning_rate: float,
-        seed: int,
-        with_deltas: bool,
-    ) -> StepResult:
-        gradient, loss, correct, sizes = np.zeros_like(self.weight), 0.0, 0, []
-        for inputs, labels in micro_batches:
-            flat = inputs.reshape(len(labels), -1)
-            probabilities = _softmax(flat @ self.weight)
-            rows = np.arange(len(labels))
-            loss -= float(np.log(probabilities[rows, labels]).sum())
-            correct += int((probabilities.argmax(axis=1) == labels).sum())
-            probabilities[rows, labels] -= 1
-            gradient += flat.T @ probabilities.astype(np.float32)
-            sizes.append(len(labels))
-        self._steps += 1
-        self.selections.append(selection)
-        self.batches.append(sizes)
-        self.rates.append(learning_rate)
-        if self._steps in self.fail_at:
-            return StepResult(loss=float("nan"), correct=0, images=images, class_token_deltas=None, updated=False)
-        self.weight -= learning_rate * gradient / weight_sum
-        deltas = tuple(0.1 * (block + 1) + 0.01 * seed % 1 for block in range(self.depth)) if with_deltas else None
-        return StepResult(loss=loss / weight_sum, correct=correct, images=images, class_token_deltas=deltas)
-
-    def evaluate(self, inputs: Images) -> Array:
-        return inputs.reshape(len(inputs), -1) @ self.weight
-
-    def model_tensors(self) -> Iterator[tuple[str, Array]]:
-        yield "head.weight", self.weight
-
-    def trained_names(self, selection_space: Selection) -> set[str]:
-        return {"head.weight"}
-
-    def optimizer_tensors(self) -> Iterator[tuple[str, Array]]:
-        yield from ()
-
-    def optimizer_steps(self) -> dict[str, int]:
-        return {"head.weight": self._steps}
-
-    def restore(self, model: Mapping[str, Array], optimizer: Mapping[str, Array], steps: Mapping[str, int]) -> None:
-        if "head.weight" in model:
-            self.weight = np.array(model["head.weight"])
-        self._steps = steps.get("head.weight", 0)
-
-
-def _softmax(logits: Array) -> Array:
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    result: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return result

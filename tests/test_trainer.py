@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FakeBackend, make_images
+from doubles import FakeBackend, make_images
 
 from edgetune.alast import AlastState
 from edgetune.cost import ViTShape

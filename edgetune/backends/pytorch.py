@@ -118,6 +118,10 @@ class TorchBackend:
     def trained_names(self, selection_space: Selection) -> set[str]:
         return {name for name, _ in self.model.named_parameters() if trains(region_of(name), selection_space)}
 
+    def reserve(self, space: Selection) -> None:
+        names = self.trained_names(space)
+        self.optimizer.reserve((name, value) for name, value in self.model.named_parameters() if name in names)
+
     def optimizer_tensors(self) -> Iterator[tuple[str, Array]]:
         for name, state in self.optimizer.state.items():
             for key, tensor in state.items():
@@ -130,7 +134,8 @@ class TorchBackend:
         own = self.model.state_dict()
         with torch.no_grad():
             for name, array in model.items():
-                own[name].copy_(torch.from_numpy(array))
+                # torch warns of memory that can't be written to, as a file's bytes can't.
+                own[name].copy_(torch.from_numpy(np.require(array, requirements="W")))
         self.optimizer.state = {}
         for key, array in optimizer.items():
             name, _, part = key.rpartition("|")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from enum import Enum
@@ -16,6 +17,23 @@ from edgetune.units import parse_bytes
 if TYPE_CHECKING:
     from edgetune.settings import RunSettings
 
+# Settings whose flag has another name than theirs.
+FLAGS = {
+    "image_px": "image-size",
+    "ram_cap_bytes": "ram-cap",
+    "accumulation": "grad-accum-steps",
+    "learning_rate": "lr",
+    "optimizer": "opt",
+    "label_smoothing": "smoothing",
+    "split_block": "split",
+    "balanced_class_weights": "class-weights",
+    "alast": "layer-choice, --token-share, --initial-budget, --alpha",
+}
+# What a plan has settled: asking for something else beside --plan would be ignored.
+OF_THE_PLAN = {
+    "method", "batch_size", "accumulation", "optimizer", "trained_blocks", "split_block", "token_floor", "threads",
+    "ram_cap_bytes",
+}  # fmt: skip
 MODEL, DATA, METHOD, TRAIN, OUTPUT = "Model", "Data", "Method", "Training", "Run folder and output"
 
 
@@ -289,7 +307,7 @@ def finetune(
         "weights": None if weights is None else str(weights),
         "pretrained": pretrained,
         "image_px": image_size,
-        "data": None if data is None else str(data),
+        "data": None if data is None else os.path.abspath(data),  # noqa: PTH100 - a run is resumed from elsewhere too
         "device": device,
         "ram_cap_bytes": None if ram_cap is None else parse_bytes(ram_cap),
         "method": None if method is None else method.value,
@@ -333,6 +351,9 @@ def finetune(
             if resume is not None:
                 report = _resume(resume, given, output, plan, terminal)
             else:
+                settled = OF_THE_PLAN & set(given)
+                if plan is not None and settled:
+                    raise UsageError(f"the plan settles {_flags(settled)}: leave it out, or leave --plan out.")
                 from edgetune import run
 
                 report = run.finetune(_settings(given), output=output, plan_file=plan, listener=terminal)
@@ -344,16 +365,20 @@ def finetune(
 
 
 def _resume(folder: Path, given: dict[str, Any], output: Path | None, plan: Path | None, terminal: Any) -> Any:
-    changed = sorted(set(given) - {"data"})
-    if changed or output or plan:
-        names = [name.replace("_", "-") for name in changed] + ["output"] * bool(output) + ["plan"] * bool(plan)
+    files = {"output": output, "plan": plan}
+    changed = set(given) - {"data"} | {name for name, file in files.items() if file is not None}
+    if changed:
         raise UsageError(
-            f"--resume goes on with the run as it was started; {', '.join(names)} can't be changed. "
+            f"--resume goes on with the run as it was started; {_flags(changed)} can't be changed. "
             "Only --data may be given with it, if the images have moved."
         )
     from edgetune import run
 
     return run.resume(folder, data=given.get("data"), listener=terminal)
+
+
+def _flags(names: set[str]) -> str:
+    return ", ".join(f"--{FLAGS.get(name, name.replace('_', '-'))}" for name in sorted(names))
 
 
 def _settings(given: dict[str, Any]) -> RunSettings:

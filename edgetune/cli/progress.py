@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 PLAIN_SECONDS = 5.0
 
 
+def printable(text: str, encoding: str | None) -> str:
+    """`text` with what an output of this encoding can't show escaped: no class name may end a run."""
+    encoding = encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 class Terminal:
     """A `trainer.Listener` that prints. With `json`, standard output is kept for the report alone."""
 
@@ -55,7 +61,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(text, markup=False)
+            self.console.print(printable(text, self.console.encoding), markup=False)
 
     def progress(self, what: str, done: int, total: int) -> None:
         self._show(what, done, total, "")
@@ -79,7 +85,8 @@ class Terminal:
         if not self.quiet:
             print_summary(report, self.console)
         if self.json:
-            sys.stdout.write(report_to_json(report).decode() + "\n")
+            sys.stdout.flush()
+            sys.stdout.buffer.write(report_to_json(report) + b"\n")  # JSON is UTF-8, whatever the terminal speaks
 
     def _show(self, what: str, done: int, total: int, detail: str) -> None:
         if self.quiet:

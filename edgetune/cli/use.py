@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+SCORES = (("accuracy", "accuracy"), ("balanced", "balanced_accuracy"), ("loss", "loss"))
 _Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
 _Json = Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")]
 _Batch = Annotated[int, typer.Option("--batch-size", "-b", min=1, max=4096, help="Images at once.")]
@@ -34,10 +35,10 @@ def evaluate(
     if json:
         _print_json(result)
         return
-    scores = result["accuracy"], result["balanced_accuracy"], result["loss"]
-    typer.echo("accuracy {:.4f}  balanced {:.4f}  loss {:.4f}".format(*scores) + f"  on {result['images']} images")
+    scores = [f"{name} {_number(result[key])}" for name, key in SCORES]
+    _print(f"{'  '.join(scores)}  on {result['images']} images")
     for name, share in result["recall"].items():
-        typer.echo(f"  {name:24s} {'no images' if share is None else f'{share:.1%}'}")
+        _print(f"  {name:24s} {'not known' if share is None else f'{share:.1%}'}")
 
 
 def predict(
@@ -48,6 +49,7 @@ def predict(
     json: _Json = False,
 ) -> None:
     """Classes of images, with probabilities, from a run's saved model."""
+    from edgetune.data.images import shown as printable_name
     from edgetune.inference import load_run
     from edgetune.inference import predict as predict_images
 
@@ -61,11 +63,21 @@ def predict(
             results.append(result)
         elif "classes" in result:
             shown = "  ".join(f"{entry['class']} {entry['probability']:.1%}" for entry in result["classes"])
-            typer.echo(f"{result['image']}  {shown}")
+            _print(f"{printable_name(result['image'])}  {shown}")
     if json:
         _print_json(results)
     if failed:
         raise typer.Exit(1)
+
+
+def _number(value: float | None) -> str:
+    return "not known" if value is None else f"{value:.4f}"
+
+
+def _print(text: str) -> None:
+    from edgetune.cli.progress import printable
+
+    typer.echo(printable(text, sys.stdout.encoding))
 
 
 def _note(text: str) -> None:

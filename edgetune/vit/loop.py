@@ -10,12 +10,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers import GELUTanh
+from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from edgetune.cost import Selection, ViTShape
 from edgetune.errors import UnsupportedModel
+from edgetune.vit.probe import block_saved_floats, stem_floats
 
+# Activations of one kernel, with nothing between their input and their output.
+FUSED_ACTIVATIONS = (nn.GELU, GELUTanh, nn.SiLU, nn.ReLU)
 EMBEDDING_NAMES = (
     "patch_embed",
     "pos_embed",
@@ -56,7 +60,7 @@ def adaptive_obstacle(shape: ViTShape) -> str | None:
     if not shape.token_pool:
         return "its head does not read the class token (global_pool is not 'token')"
     if not shape.fused_qkv:
-        return "its attention has no joint `attn.qkv`, from which the class token's attention is read"
+        return "its attention is not timm's plain one with a joint `attn.qkv`, from which the class token's row is read"
     return None
 
 
@@ -207,6 +211,10 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
     # fc2's input is the hidden layer after its activation: of a gated MLP, one half.
     fc2 = getattr(mlp, "fc2", None)
     mlp_width = fc2.in_features if fc2 is not None else 4 * model.embed_dim
+    fused = isinstance(getattr(mlp, "act", None), FUSED_ACTIVATIONS)
+    plain_stem = isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d) and not hasattr(
+        model.patch_embed, "backbone"
+    )
     counts: dict[str, int] = {"embeddings": 0, "head": 0}
     blocks = [0] * len(model.blocks)
     largest = 0
@@ -217,6 +225,8 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
         else:
             counts[region] += parameter.numel()
     image = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
+    image_px = (int(image[0]), int(image[1]))
+    stem = (0, 0) if plain_stem else stem_floats(model.patch_embed, image_px)
     grid = model.patch_embed.grid_size
     return ViTShape(
         name=name,
@@ -228,15 +238,19 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
         patch_tokens=model.patch_embed.num_patches,
         prefix_tokens=model.num_prefix_tokens,
         classes=model.num_classes,
-        image_px=(int(image[0]), int(image[1])),
-        patch_px=(int(image[0]) // grid[0], int(image[1]) // grid[1]),
+        image_px=image_px,
+        patch_px=(image_px[0] // grid[0], image_px[1] // grid[1]),
         class_token=bool(model.has_class_token),
         token_pool=model.global_pool == "token",
-        fused_qkv=attention is not None and hasattr(attention, "qkv"),
+        fused_qkv=isinstance(attention, Attention),
         layer_scale=not isinstance(getattr(block, "ls1", nn.Identity()), nn.Identity),
         qk_norm=not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity),
         pre_norm=not isinstance(model.norm_pre, nn.Identity),
         gated_mlp=gated,
+        hidden_layers=4 if gated else 2 if fused else 3,
+        block_saved_floats=block_saved_floats(block, model.embed_dim),
+        stem_saved_floats=stem[0],
+        stem_largest_floats=stem[1],
         embed_parameters=counts["embeddings"],
         block_parameters=max(blocks),
         head_parameters=counts["head"],
