@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 RATES = {
-    "full": (1e-4, 3e-4, 1e-3, 3e-3),
-    "last-k": (3e-4, 1e-3, 3e-3, 1e-2),
-    "random-k": (1e-4, 3e-4, 1e-3, 3e-3),
-    "alast": (1e-4, 3e-4, 1e-3, 3e-3),
-    "head": (3e-3, 1e-2, 3e-2, 1e-1),
+    "full": (3e-4, 1e-3, 3e-3),
+    "last-k": (1e-3, 3e-3, 1e-2),
+    "random-k": (3e-4, 1e-3, 3e-3),
+    "alast": (3e-4, 1e-3, 3e-3),
+    "head": (1e-2, 3e-2, 1e-1),
 }
 SCALES = {"adamw": 1.0, "momentum": 10.0, "sgd": 100.0}
 
@@ -40,7 +40,12 @@ def run(method: str, rate: float, seed: int, extra: list[str]) -> dict[str, Any]
 
 
 def table(rows: list[tuple[str, float, list[float]]], header: str) -> str:
-    lines = [header, "", "| method | learning rate | validation accuracy (each seed) | mean | |", "|---|---|---|---|---|"]
+    lines = [
+        header,
+        "",
+        "| method | learning rate | validation accuracy (each seed) | mean | |",
+        "|---|---|---|---|---|",
+    ]
     best: dict[str, float] = {}
     for method, _, scores in rows:
         best[method] = max(best.get(method, 0.0), sum(scores) / len(scores))

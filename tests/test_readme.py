@@ -39,7 +39,7 @@ def parse(arguments: list[str]) -> None:
     command: Any = typer.main.get_command(app)
     context = command.make_context("edgetune", list(arguments))
     while getattr(command, "commands", None):
-        remaining = [*context._protected_args, *context.args]
+        remaining = [*getattr(context, "_protected_args", ()), *context.args]
         if not remaining:
             return  # `edgetune --version`
         name, command, rest = command.resolve_command(context, remaining)

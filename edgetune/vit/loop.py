@@ -47,6 +47,8 @@ def check_supported(model: nn.Module, name: str) -> VisionTransformer:
             f"{name} ({type(model).__name__}) runs its blocks in a way of its own, for which edgetune has no adapter. "
             "Try a plain vit_* or deit_* model."
         )
+    if not len(model.blocks):
+        raise UnsupportedModel(f"{name} has no blocks to train.")
     channels = getattr(model, "in_chans", 3)
     if channels != 3:
         raise UnsupportedModel(f"{name} takes images of {channels} channels; edgetune feeds RGB.")

@@ -60,7 +60,7 @@ def load_model(source: ModelSource, classes: int) -> LoadedModel:
     folder = _local_folder(source.name)
     model_args: dict[str, Any] = {}
     if folder is not None:
-        model_args.update(_read_config(folder).get("model_args") or {})
+        model_args.update(_read_config(folder).get("model_args", {}))
     from_hub = source.pretrained and source.weights is None and folder is None
     kwargs = {"num_classes": classes}
     model = check_supported(_build(_timm_name(source.name), kwargs, source, from_hub), source.name)
@@ -109,7 +109,7 @@ def _timm_name(name: str) -> str:
 
 
 def _check_name(name: str) -> None:
-    if name.startswith(("hf-hub:", "hf_hub:")):
+    if _is_hub_name(name):
         return
     if timm.is_model(name.split(".", maxsplit=1)[0]):
         return
@@ -120,6 +120,10 @@ def _check_name(name: str) -> None:
     nearest += [starts[start] for start in difflib.get_close_matches(name, starts, n=3) if starts[start] not in nearest]
     hint = f"Did you mean {' or '.join(nearest)}?" if nearest else f"Try {MICRO_MODEL} or deit_tiny_patch16_224."
     raise UnknownModel(f"timm {timm.__version__} knows no model {name!r}. {hint}")
+
+
+def _is_hub_name(name: str) -> bool:
+    return name.startswith(("hf-hub:", "hf_hub:"))
 
 
 def _local_folder(name: str) -> Path | None:
@@ -137,10 +141,13 @@ def _local_folder(name: str) -> Path | None:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{folder / 'config.json'} can't be read as JSON: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
         raise WeightsError(f"{folder / 'config.json'} names no `architecture`, so timm can't build the model.")
+    for key in ("model_args", "pretrained_cfg"):
+        if not isinstance(config.get(key, {}), dict):
+            raise WeightsError(f"{folder / 'config.json'}: `{key}` is {config[key]!r:.60}, not an object.")
     return config
 
 
@@ -155,17 +162,25 @@ def _build(name: str, kwargs: dict[str, Any], source: ModelSource, from_hub: boo
     if source.image_px is not None:
         kwargs["img_size"] = source.image_px
     try:
-        with _hub_errors_at_once(from_hub):
+        with _hub_errors_at_once(from_hub or _is_hub_name(name)):
             model: torch.nn.Module = timm.create_model(name, pretrained=from_hub, **kwargs)
             return model
     except EdgetuneError:
         raise
     except Exception as error:
         if "Invalid pretrained tag" in str(error):
+            architecture = source.name.split(".", maxsplit=1)[0]
+            tags = timm.list_pretrained(f"{architecture}.*")
             raise UnknownModel(
-                f"timm {timm.__version__} knows {source.name.split('.')[0]}, but not with that tag."
+                f"timm {timm.__version__} knows {architecture}, but not as {source.name}. "
+                f"Try {' or '.join([architecture, *tags[:6]])}."
             ) from error
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        if _is_hub_name(name) and not from_hub:
+            raise UnknownModel(
+                f"the config of {source.name} can't be had from the hub ({reason}). Connect to the network, or give "
+                "a timm name or local-dir:FOLDER."
+            ) from error
         if not from_hub:
             raise UnsupportedModel(
                 f"timm can't build {source.name} as a classifier"
@@ -207,9 +222,10 @@ def _check_image_size(model: VisionTransformer, source: ModelSource) -> None:
     patch_px = model.patch_embed.patch_size
     if source.image_px is not None and any(source.image_px % side for side in patch_px):
         lower = source.image_px // patch_px[0] * patch_px[0]
+        near = [str(size) for size in (lower, lower + patch_px[0]) if size]
         raise UsageError(
             f"--image-size {source.image_px} is no multiple of {source.name}'s patch size {patch_px[0]}. "
-            f"Try {max(lower, patch_px[0])} or {lower + patch_px[0]}."
+            f"Try {' or '.join(near)}."
         )
 
 
@@ -252,6 +268,9 @@ def load_weights(model: VisionTransformer, path: Path) -> None:
         if isinstance(state.get(key), dict):
             state = state[key]
             break
+    strange = [repr(name) for name in state if not isinstance(name, str)]
+    if strange:
+        raise WeightsError(f"{path} holds values under names that are no text ({', '.join(strange[:6])}).")
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     try:
@@ -272,12 +291,7 @@ def load_weights(model: VisionTransformer, path: Path) -> None:
         if isinstance(state.get(name), Tensor) and state[name].shape != own[name].shape and not name.startswith(heads)
     ]
     problems += _listed("of another shape", wrong)
-    bad = [
-        name
-        for name in own
-        if name in state
-        and (not isinstance(state[name], Tensor) or (state[name].is_floating_point() and not _finite(state[name])))
-    ]
+    bad = [name for name, target in own.items() if name in state and not _usable(state[name], target)]
     problems += _listed("not finite numbers", bad)
     if problems:
         raise WeightsError(f"{path} does not fit the model: {'; '.join(problems)}.")
@@ -287,9 +301,18 @@ def load_weights(model: VisionTransformer, path: Path) -> None:
                 target.copy_(state[name])
 
 
-def _finite(tensor: Tensor) -> bool:
+def _usable(value: object, target: Tensor) -> bool:
+    """Whether a value is a plain tensor of finite numbers, of the kind that the model has there."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
+        return False
+    if value.is_floating_point() is not target.is_floating_point() or value.is_complex():
+        return False
+    if not value.is_floating_point() or not value.numel():
+        return True
+    if value.element_size() < 2:
+        value = value.float()  # torch finds no smallest number among 8-bit floats
     # min and max pass NaN on and make no copy of the tensor.
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack((tensor.min(), tensor.max()))).all())
+    return bool(torch.isfinite(torch.stack((value.min(), value.max()))).all())
 
 
 def _listed(what: str, names: list[str], most: int = 6) -> list[str]:
@@ -300,18 +323,24 @@ def _listed(what: str, names: list[str], most: int = 6) -> list[str]:
 
 
 def preprocess_of(model: VisionTransformer) -> Preprocess:
-    """The evaluation preprocessing that the model's config asks for, at the size it was built for."""
+    """The evaluation preprocessing that the model's config asks for, at the size it was built for.
+
+    Raises: WeightsError or DataError if the config's numbers can't be used.
+    """
     config = resolve_model_data_config(model)
     height, width = (int(side) for side in (model.patch_embed.img_size or config["input_size"][1:]))
-    return Preprocess(
-        height_px=height,
-        width_px=width,
-        interpolation=config["interpolation"],
-        crop_pct=float(config["crop_pct"]),
-        crop_mode=config["crop_mode"],
-        mean=_three(config["mean"]),
-        std=_three(config["std"]),
-    )
+    try:
+        return Preprocess(
+            height_px=height,
+            width_px=width,
+            interpolation=config["interpolation"],
+            crop_pct=float(config["crop_pct"]),
+            crop_mode=config["crop_mode"],
+            mean=_three(config["mean"]),
+            std=_three(config["std"]),
+        )
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"the model's config holds a preprocessing that can't be used: {error}.") from error
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
