@@ -20,7 +20,7 @@ COLOURS = {"accuracy": "#2a78d6", "loss": "#d1495b", "memory": "#3a7d44"}
 
 
 def summary_svg(run: Path) -> str:
-    console = Console(record=True, width=112, force_terminal=True, file=io.StringIO())
+    console = Console(record=True, width=124, force_terminal=True, file=io.StringIO())
     print_summary(read_report(run), console)
     return console.export_svg(title="edgetune finetune --device jetson-nano")
 
