@@ -17,6 +17,8 @@ from edgetune.units import MIB, format_bytes
 
 # A measured runtime differs by a few MiB from run to run; a plan must not.
 RUNTIME_ROUNDING_BYTES = 16 * MIB
+# For `edgetune plan` where a profile states none: torch 2.9's CPU build 214 MiB and timm 102, measured on an Arm board.
+ASSUMED_RUNTIME_BYTES = 316 * MIB
 # The kernel and firmware keep part of the RAM, so a board's MemTotal is below its label.
 SAME_RAM_TOLERANCE = 0.15
 
@@ -48,13 +50,24 @@ def is_this_machine(profile: DeviceProfile) -> bool:
     )
 
 
+def default_cap_bytes(profile: DeviceProfile) -> int:
+    """The cap without `--ram-cap`: what is usable, and on a device that bounds anonymous memory apart, what that leaves."""
+    here = is_this_machine(profile)
+    cap = devices.default_cap_bytes(profile, here)
+    stated, anonymous = profile.runtime.torch, profile.usable_anonymous_bytes
+    if here or anonymous is None or stated is None or stated.anonymous_bytes is None:
+        return cap
+    # What training adds is nearly all anonymous, so the tighter of the two bounds holds for it.
+    return min(cap, anonymous - stated.anonymous_bytes + stated.bytes)
+
+
 def judge_for(profile: DeviceProfile, ram_cap_bytes: int | None, meter: MemoryMeter) -> Judge:
     """Mark the runtime (call it after the warm-up) and settle the cap."""
     here = is_this_machine(profile)
     notes: list[str] = []
     measured = meter.mark_runtime().total_bytes
     rounded = -(-measured // RUNTIME_ROUNDING_BYTES) * RUNTIME_ROUNDING_BYTES
-    cap = ram_cap_bytes or devices.default_cap_bytes(profile, here)
+    cap = ram_cap_bytes or default_cap_bytes(profile)
     runtime = rounded
     if not here:
         stated = profile.runtime.torch
@@ -64,18 +77,8 @@ def judge_for(profile: DeviceProfile, ram_cap_bytes: int | None, meter: MemoryMe
             )
         else:
             runtime = stated.bytes
-        anonymous = profile.usable_anonymous_bytes
-        if (
-            anonymous is not None
-            and stated is not None
-            and stated.anonymous_bytes is not None
-            and ram_cap_bytes is None
-        ):
-            # What training adds is nearly all anonymous, so the tighter of the two bounds holds for it.
-            bound = anonymous - stated.anonymous_bytes + stated.bytes
-            if bound < cap:
-                notes.append(f"anonymous memory binds on {profile.id}: the cap is {format_bytes(bound)}")
-                cap = bound
+        if ram_cap_bytes is None and cap < profile.usable_ram_bytes:
+            notes.append(f"anonymous memory binds on {profile.id}: the cap is {format_bytes(cap)}")
     return Judge(
         device=profile.id,
         simulated=not here,

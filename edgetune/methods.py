@@ -55,6 +55,17 @@ METHODS: dict[str, Method] = {
 }
 
 
+def adaptive_obstacle(shape: ViTShape) -> str | None:
+    """Why ALaST can't run on this model, or None if it can."""
+    if not shape.class_token:
+        return "it has no class token, from which ALaST takes its budgets and the ranking of tokens"
+    if not shape.token_pool:
+        return "its head does not read the class token (global_pool is not 'token')"
+    if not shape.fused_qkv:
+        return "its attention is not timm's plain one with a joint `attn.qkv`, from which the class token's row is read"
+    return None
+
+
 def check_model(method: Method, shape: ViTShape, obstacle: str | None) -> None:
     """Raises: UnsupportedModel if ALaST can't run on the model, naming why and what works."""
     if method.prunes_tokens and obstacle is not None:

@@ -136,6 +136,21 @@ def _smallest_peak(request: PlanRequest, candidate: _Candidate) -> tuple[int, in
     return min((predicted_peak_bytes(request, candidate, size), size) for size in {sizes[0], sizes[-1]})
 
 
+def parts_of(plan: Plan) -> dict[str, int]:
+    """What each kind holds at its own largest, bytes. They are not all at their largest at once: the peak is less."""
+    step = plan.predicted
+    return {
+        "runtime": plan.runtime_bytes,
+        "weights": step.weights_bytes,
+        "gradients": step.gradients_bytes,
+        "optimizer": step.optimizer_bytes,
+        "activations": step.activations_bytes,
+        "workspace": step.workspace_bytes,
+        "inputs": step.inputs_bytes * (1 + PREFETCHED_BATCHES),
+        "margin": PROCESS_BYTES + round(ALLOCATOR_SHARE * step.peak_bytes),
+    }
+
+
 def fit(selection: Selection, plan: Plan) -> Selection:
     """Clip a proposal to the plan: no block below the split, at most K of them, no more tokens than the ceilings.
 

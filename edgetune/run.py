@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from edgetune.data import (
 from edgetune.errors import BackendUnavailable, CapExceeded, EdgetuneError, Interrupted, RunFolderError, UsageError
 from edgetune.judge import Judge, judge_for
 from edgetune.memory import MemoryMeter, limit_allocator
-from edgetune.methods import METHODS, check_model, space_of
+from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
 from edgetune.optim import OptimizerSettings
 from edgetune.outcome import Outcome, make_report
 from edgetune.planner import Plan, PlanRequest
@@ -41,6 +41,7 @@ from edgetune.planner import plan as make_plan
 from edgetune.profiles import DeviceProfile
 from edgetune.report import MetricsLog, RunReport, Scores, read_report, report_to_json
 from edgetune.settings import RunSettings, StoredRun
+from edgetune.shapes import known_shapes
 from edgetune.store import (
     METRICS_FILE,
     PLAN_FILE,
@@ -162,7 +163,6 @@ def prepare(
     stored_plan: Plan | None,
 ) -> Setup:
     """Data, the model's shape and the plan: all that can fail before a weight is loaded."""
-    from edgetune.vit.loop import adaptive_obstacle
     from edgetune.vit.models import ModelSource, describe
 
     source = ModelSource(name=settings.model, image_px=settings.image_px)
@@ -207,7 +207,7 @@ def prepare(
                 threads=settings.threads or min(profile.cores or 2**10, system.usable_cores()),
                 peak_flops_per_s=profile.peak_flops_per_s,
             ),
-            smaller_models=_smaller_models(shape),
+            smaller_models=known_shapes(len(data.classes)),
         )
     elif len(plan.token_ceiling) != shape.depth or plan.token_ceiling[0] != shape.patch_tokens:
         raise UsageError(
@@ -501,14 +501,6 @@ def _settings_of_plan(settings: RunSettings, plan: Plan) -> RunSettings:
         split_block=None,
         threads=plan.threads,
     )
-
-
-def _smaller_models(shape: ViTShape) -> Iterator[ViTShape]:
-    """Common models for the message that says what would fit; made only if the message is."""
-    from edgetune.vit.models import COMMON_MODELS, ModelSource, describe
-
-    for name in COMMON_MODELS:
-        yield describe(ModelSource(name=name), shape.classes)[0]
 
 
 def _some(names: tuple[str, ...], most: int = 5) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgetune.cli.options import MethodName, OptimizerChoice, parse_split
 from edgetune.errors import EdgetuneError, UsageError
 from edgetune.units import parse_bytes
 
@@ -35,20 +36,6 @@ OF_THE_PLAN = {
     "ram_cap_bytes",
 }  # fmt: skip
 MODEL, DATA, METHOD, TRAIN, OUTPUT = "Model", "Data", "Method", "Training", "Run folder and output"
-
-
-class MethodName(str, Enum):
-    full = "full"
-    head = "head"
-    last_k = "last-k"
-    random_k = "random-k"
-    alast = "alast"
-
-
-class OptimizerChoice(str, Enum):
-    adamw = "adamw"
-    momentum = "momentum"
-    sgd = "sgd"
 
 
 class ClassWeights(str, Enum):
@@ -321,7 +308,7 @@ def finetune(
         "warmup_epochs": warmup_epochs,
         "label_smoothing": smoothing,
         "trained_blocks": trained_blocks,
-        "split_block": _split(split),
+        "split_block": parse_split(split),
         "token_floor": token_floor,
         "hflip": hflip,
         "augment": augment,
@@ -391,11 +378,3 @@ def _settings(given: dict[str, Any]) -> RunSettings:
 
         given["alast"] = AlastSettings(**given["alast"])
     return RunSettings(**given)
-
-
-def _split(text: str | None) -> int | None:
-    if text is None or text == "auto":
-        return None
-    if not text.isascii() or not text.isdigit():
-        raise UsageError(f"--split takes `auto` or a block's number, not {text!r}.")
-    return int(text)

@@ -55,17 +55,6 @@ def check_supported(model: nn.Module, name: str) -> VisionTransformer:
     return model
 
 
-def adaptive_obstacle(shape: ViTShape) -> str | None:
-    """Why ALaST can't run on this model, or None if it can."""
-    if not shape.class_token:
-        return "it has no class token, from which ALaST takes its budgets and the ranking of tokens"
-    if not shape.token_pool:
-        return "its head does not read the class token (global_pool is not 'token')"
-    if not shape.fused_qkv:
-        return "its attention is not timm's plain one with a joint `attn.qkv`, from which the class token's row is read"
-    return None
-
-
 def region_of(parameter: str) -> str | int:
     """`"embeddings"`, the block's number, or `"head"` (final norm, pooling and classifier)."""
     if parameter.startswith("blocks."):

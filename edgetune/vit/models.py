@@ -30,8 +30,6 @@ from edgetune.vit.loop import check_supported, shape_of
 MICRO_MODEL = "edgetune_micro"
 MICRO_FOLDER = Path(__file__).parent.parent / "assets" / MICRO_MODEL
 HUB_TIMEOUT_SECONDS = 5.0
-# What is offered in place of a model that does not fit, from large to small.
-COMMON_MODELS = ("vit_base_patch32_224", "deit_small_patch16_224", "deit_tiny_patch16_224", MICRO_MODEL)
 
 
 class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,11 +84,17 @@ def describe(source: ModelSource, classes: int) -> tuple[ViTShape, Preprocess]:
 
     Raises: as `load_model`, but for what concerns weights.
     """
+    model, shape = build_meta(source, classes)
+    return shape, preprocess_of(model)
+
+
+def build_meta(source: ModelSource, classes: int) -> tuple[VisionTransformer, ViTShape]:
+    """The model on torch's meta device, where it takes no memory, and its shape. Raises: as `describe`."""
     name, kwargs = _timm_name(source.name), {"num_classes": classes}
     with torch.device("meta"):
         model = check_supported(_build(name, kwargs, source, from_hub=False), source.name)
     _check_image_size(model, source)
-    return shape_of(model, source.name), preprocess_of(model)
+    return model, shape_of(model, source.name)
 
 
 def known_names() -> list[str]:

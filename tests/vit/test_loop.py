@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from edgetune.cost import Selection
 from edgetune.errors import UnsupportedModel
+from edgetune.methods import adaptive_obstacle
 from edgetune.vit.loop import (
-    adaptive_obstacle,
     apply_selection,
     check_supported,
     class_attention,

@@ -1,0 +1,68 @@
+"""Shapes of common timm models as data, so that a plan needs neither torch nor timm. Pure.
+
+`assets/shapes.json` is made by `tools/make_shapes.py`; a test holds every entry to the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import msgspec
+
+from edgetune.cost import ViTShape
+from edgetune.errors import UsageError
+
+SHAPES_FILE = Path(__file__).parent / "assets" / "shapes.json"
+
+
+class KnownShape(msgspec.Struct, frozen=True, kw_only=True):
+    """A shape at one class and the model's own image size, and what is needed to move it to others."""
+
+    shape: ViTShape
+    classifiers: int  # linear heads (two in a distilled model)
+    position_prefix: int  # prefix tokens that have a position embedding
+    largest_other: int  # elements of the largest tensor but position embedding and classifier
+
+
+def known_shape(name: str, classes: int, image_px: int | None = None) -> ViTShape | None:
+    """The shape of a common model for so many classes at an image size (None: its own); None if it is not known.
+
+    Raises: UsageError for an image size that is no multiple of the patch.
+    """
+    known = _load().get(name)
+    if known is None:
+        return None
+    shape = known.shape
+    height, width = (image_px, image_px) if image_px is not None else shape.image_px
+    if height % shape.patch_px[0] or width % shape.patch_px[1]:
+        lower = height // shape.patch_px[0] * shape.patch_px[0]
+        raise UsageError(
+            f"--image-size {height} is no multiple of {name}'s patch size {shape.patch_px[0]}. "
+            f"Try {max(lower, shape.patch_px[0])} or {lower + shape.patch_px[0]}."
+        )
+    tokens = (height // shape.patch_px[0]) * (width // shape.patch_px[1])
+    positions = (tokens + known.position_prefix) * shape.width
+    return msgspec.structs.replace(
+        shape,
+        classes=classes,
+        image_px=(height, width),
+        patch_tokens=tokens,
+        embed_parameters=shape.embed_parameters + (tokens - shape.patch_tokens) * shape.width,
+        head_parameters=shape.head_parameters + known.classifiers * (classes - 1) * (shape.width + 1),
+        largest_parameter=max(known.largest_other, positions, classes * shape.width),
+    )
+
+
+def known_shapes(classes: int) -> Iterator[ViTShape]:
+    """Every common model at its own image size, for the message that says what would fit; read only if it is made."""
+    for name in _load():
+        shape = known_shape(name, classes)
+        if shape is not None:
+            yield shape
+
+
+@lru_cache(maxsize=1)
+def _load() -> dict[str, KnownShape]:
+    return msgspec.json.decode(SHAPES_FILE.read_bytes(), type=dict[str, KnownShape])

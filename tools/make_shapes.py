@@ -1,0 +1,50 @@
+"""Write `edgetune/assets/shapes.json`: the shapes of common models, read off timm's own on the meta device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import torch
+
+from edgetune.shapes import SHAPES_FILE, KnownShape
+from edgetune.vit.models import MICRO_MODEL, ModelSource, build_meta, classifier_names
+
+NAMES = (
+    MICRO_MODEL,
+    *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
+    *(f"vit_{size}_patch16_384" for size in ("tiny", "small", "base")),
+    *(f"vit_{size}_patch32_224" for size in ("small", "base", "large")),
+    "vit_small_patch8_224",
+    "vit_base_patch8_224",
+    *(f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")),
+    *(f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base")),
+    *(f"deit3_{size}_patch16_224" for size in ("small", "medium", "base", "large")),
+    *(f"vit_{size}_patch14_dinov2" for size in ("small", "base", "large")),
+    *(f"vit_{size}_patch14_reg4_dinov2" for size in ("small", "base", "large")),
+    "vit_base_patch32_clip_224",
+    "vit_base_patch16_clip_224",
+    "vit_large_patch14_clip_224",
+    "vit_base_patch16_siglip_224",
+    "vit_medium_patch16_gap_240",
+    "vit_little_patch16_reg1_gap_256",
+)
+
+
+def known(name: str) -> KnownShape:
+    model, shape = build_meta(ModelSource(name=name), classes=1)
+    heads = classifier_names(model)
+    excluded = ("pos_embed", *(f"{head}.weight" for head in heads))
+    others = [value.numel() for key, value in model.named_parameters() if key not in excluded]
+    prefix = 0 if model.pos_embed is None else model.pos_embed.shape[1] - shape.patch_tokens
+    return KnownShape(shape=shape, classifiers=len(heads), position_prefix=prefix, largest_other=max(others))
+
+
+def main(path: Path = SHAPES_FILE) -> None:
+    torch.set_num_threads(1)
+    shapes = {name: known(name) for name in NAMES}
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(shapes), indent=1) + b"\n")
+
+
+if __name__ == "__main__":
+    main()
