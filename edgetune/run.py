@@ -97,6 +97,7 @@ def finetune(
     Raises: EdgetuneError of every kind; CapExceeded and Interrupted after the folder was completed up to there.
     """
     settings_module.check(settings)
+    settings_module.check_text("--output", str(output or ""))
     began = time.monotonic()
     profile = devices.find_device(settings.device)
     stored_plan = None if plan_file is None else read_plan(plan_file)

@@ -103,15 +103,13 @@ def check(settings: RunSettings) -> None:
         "--device": settings.device,
     }
     for flag, text in texts.items():
-        if text is not None and not _is_unicode(text):
-            raise UsageError(
-                f"{flag} {text!r} is not UTF-8, so run.json can't hold it. Rename it, or give a link to it."
-            )
+        if text is not None:
+            check_text(flag, text)
 
 
-def _is_unicode(text: str) -> bool:
+def check_text(flag: str, text: str) -> None:
+    """Raises: UsageError for a path or name with bytes that are not UTF-8: JSON and safetensors can't hold them."""
     try:
         text.encode()
-    except UnicodeEncodeError:  # bytes of a path that are not UTF-8
-        return False
-    return True
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{flag} {text!r} is not UTF-8. Rename it, or give a link to it.") from error

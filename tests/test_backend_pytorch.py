@@ -206,7 +206,7 @@ def test_a_loss_that_is_no_number_leaves_everything_unchanged(bad_batch: int) ->
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum", "sgd"])
 def test_a_restored_backend_goes_on_bit_identically(optimizer: OptimizerName) -> None:
     straight = _backend(optimizer)
-    for number, selection in enumerate(ROTATION[:4]):
+    for number, selection in enumerate(ROTATION[:2]):
         _step(straight, selection, seed=number)
     model = _values(straight)
     state = {name: np.array(value) for name, value in straight.optimizer_tensors()}
@@ -216,7 +216,8 @@ def test_a_restored_backend_goes_on_bit_identically(optimizer: OptimizerName) ->
     resumed = TorchBackend(_model(num_classes=CLASSES), OptimizerSettings(name=optimizer))
     _step(resumed, seed=99)  # whatever it did before is gone
     resumed.restore(model, state, steps)
-    for number, selection in enumerate(ROTATION[4:]):
+    assert {name for name, _ in resumed.optimizer_tensors()} == set(state)
+    for number, selection in enumerate(ROTATION[2:]):
         assert _step(straight, selection, seed=number) == _step(resumed, selection, seed=number)
     assert not _changed(_values(straight), _values(resumed))
     assert straight.optimizer_steps() == resumed.optimizer_steps()
@@ -254,7 +255,8 @@ def test_reserved_state_is_there_before_the_first_step_and_changes_no_bit() -> N
 
 
 def test_evaluation_is_plain_timms_on_all_tokens_and_touches_nothing() -> None:
-    backend, undisturbed = _backend(), _backend()
+    # With drop path: a model left in eval mode would train without it.
+    backend, undisturbed = (TorchBackend(_model(drop_path_rate=0.5), OptimizerSettings()) for _ in range(2))
     inputs, _ = _images(5, seed=3)
     for number in range(3):
         before = _values(backend)
@@ -302,3 +304,24 @@ def test_the_peak_is_looked_at_in_every_micro_batch() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "momentum", "sgd"])
 def test_the_warm_up_runs(optimizer: OptimizerName) -> None:
     warm_up(OptimizerSettings(name=optimizer))
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=16, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=3)
+    backend = TorchBackend(model, OptimizerSettings())
+    model.head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    inputs, labels = np.ones((2, 3, 16, 16), np.float32), np.array([0, 1])
+    result = backend.step(
+        [(inputs, labels)],
+        Selection((True, True), (4, 4)),
+        images=2,
+        weight_sum=2.0,
+        learning_rate=0.1,
+        seed=0,
+        with_deltas=False,
+    )
+    assert not result.updated
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert backend.optimizer_steps() == {}

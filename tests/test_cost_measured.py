@@ -180,11 +180,12 @@ def test_the_peak_of_other_families_is_predicted_within_ten_percent_and_hardly_e
 
 
 @slow
-@pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "vit_base_resnet26d_224"])
+@pytest.mark.parametrize("name", ["vit_tiny_r_s16_p8_224", "vit_small_resnet26d_224"])
 @pytest.mark.parametrize("selected", ["full", "head", "every-second"])
 def test_a_convolutional_stem_is_counted(name: str, selected: str) -> None:
-    build = partial(timm.create_model, name, depth=3, img_size=64, num_classes=10)
-    measured, predicted = _measured_and_predicted(build, selected, micro_batch=16)
+    # One block, so that the stem is most of what is held.
+    build = partial(timm.create_model, name, depth=1, img_size=128, num_classes=10)
+    measured, predicted = _measured_and_predicted(build, selected, micro_batch=8)
     assert 0.96 * measured <= predicted.peak_bytes <= 1.6 * measured
 
 

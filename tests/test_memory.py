@@ -404,7 +404,7 @@ print(json.dumps([said, (full - snapshot().anonymous_bytes) / MIB]))
     if said.startswith("unchanged"):
         pytest.skip(said)
     _, given_back_by_default = _run(script, setting="said = ''\n")
-    assert said == "glibc returns freed blocks from 64.0 KiB on, 2 arenas"
+    assert said == "glibc returns freed blocks from 32.0 KiB on, 2 arenas"
     assert given_back == pytest.approx(25, abs=4)
     assert given_back_by_default < 5
 
@@ -413,7 +413,7 @@ print(json.dumps([said, (full - snapshot().anonymous_bytes) / MIB]))
     ("library", "reason"),
     [
         (SimpleNamespace(), "not glibc"),
-        (SimpleNamespace(gnu_get_libc_version=0, mallopt=lambda _option, _value: 0), "refuses a threshold of 64.0 KiB"),
+        (SimpleNamespace(gnu_get_libc_version=0, mallopt=lambda _option, _value: 0), "refuses a threshold of 32.0 KiB"),
     ],
 )
 def test_an_allocator_that_stays_as_it_is_says_why(

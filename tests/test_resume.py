@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,17 @@ from edgetune.report import read_report
 # 32 training images: an epoch is four steps, so the run is stopped before, at and after its first evaluation.
 RUN: dict[str, Any] = {"steps": 8, "checkpoint_every": 3, "method": "alast", "hflip": 0.5, "seed": 2}
 # In a process of its own, so long that a signal meets it in the middle.
-LONG = RUN | {"steps": 30}
+LONG = RUN | {"steps": 20}
 FLAGS = ["--model", "edgetune_micro", "--device", "jetson-nano", "-b", "8", "--threads", "1", "--seed", "2"]
-FLAGS += ["--steps", "30", "--checkpoint-every", "3", "--hflip", "0.5"]
+FLAGS += ["--steps", "20", "--checkpoint-every", "3", "--hflip", "0.5"]
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c_is_heard() -> Iterator[None]:
+    """A shell's background job ignores Ctrl-C, and so would the processes that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -355,8 +363,7 @@ def test_a_signal_ends_a_process_with_its_code_and_a_folder_that_goes_on(
     assert complete(folder)
     assert read_report(folder).stopped_because == "interrupted"
     assert "interrupted after" in out
-    done = cli("finetune", "--resume", folder)
-    assert done.returncode == 0, done.stderr
+    resume(folder)
     assert_equal_runs(folder, long)
 
 
@@ -387,7 +394,8 @@ def test_a_signal_before_the_first_step_leaves_no_folder(
     time.sleep(0.3)  # torch is being imported
     process.send_signal(sent)
     _, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == code, err
+    # Python ends itself by the signal when Ctrl-C met an exec of text (in an import, say); a shell shows 130 then too.
+    assert process.returncode in (code, -sent), err
     assert "Traceback" not in err
     assert not folder.exists()
 

@@ -292,6 +292,7 @@ def test_an_image_size_of_one_patch_trains_and_one_that_is_no_multiple_is_refuse
 # ------------------------------------------------------------------------------------------------------ the same again
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses_in_another_process_and_another_seed_does_not(
     images: Path, tmp_path: Path
 ) -> None:
@@ -367,6 +368,7 @@ def test_what_does_not_fit_says_what_would_and_leaves_no_folder(images: Path, tm
         assert not output.exists()
 
 
+@pytest.mark.slow
 def test_the_smallest_cap_of_the_error_works_and_holds(images: Path, tmp_path: Path) -> None:
     wanted = ["finetune", "--data", str(images), "--model", "edgetune_micro", "--device", "jetson-nano", "--json"]
     wanted += ["--steps", "3", "-b", "8", "--threads", "1", "--output", str(tmp_path / "r")]

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENVS = ROOT / ".venv" / "pythons"
 OLDEST = (3, 10)
-TEST_PACKAGES = ["pytest", "hypothesis", "jsonschema"]
+TEST_PACKAGES = ["pytest", "hypothesis", "jsonschema", "scikit-learn"]
 
 
 def find_pythons() -> dict[tuple[int, int], Path]:

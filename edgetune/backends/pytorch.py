@@ -73,6 +73,7 @@ class TorchBackend:
             share = len(labels) / images
             for block, delta in enumerate(batch_deltas):
                 deltas[block] += delta.item() * share
+        finite = finite and self._gradients_are_finite()
         if finite:
             with torch.no_grad():
                 self.optimizer.step(self.model.named_parameters(), learning_rate)
@@ -85,6 +86,12 @@ class TorchBackend:
             class_token_deltas=tuple(deltas) if with_deltas else None,
             updated=finite,
         )
+
+    @torch.no_grad()
+    def _gradients_are_finite(self) -> bool:
+        """A finite loss can have a gradient that is not, and one such update would spoil the weights for good."""
+        sums = [parameter.grad.sum() for parameter in self.model.parameters() if parameter.grad is not None]
+        return bool(torch.isfinite(torch.stack(sums)).all())
 
     def _loss_sum(self, logits: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy summed over the images, each weighted by its class.
