@@ -6,46 +6,31 @@ runtime); everything after it is training. `outcome.py` turns what happened into
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgetune import devices, system
+from edgetune import devices
 from edgetune import settings as settings_module
 from edgetune.backends.base import Backend
 from edgetune.checkpoint import create_run_folder, open_run_folder, write_atomically
-from edgetune.cost import ViTShape
-from edgetune.data import (
-    DataFolder,
-    Preprocess,
-    bundled_sample,
-    class_weights,
-    default_cache_dir,
-    open_folder,
-    timm_augment,
-)
-from edgetune.errors import BackendUnavailable, CapExceeded, EdgetuneError, Interrupted, RunFolderError, UsageError
-from edgetune.judge import Judge, judge_for
-from edgetune.memory import MemoryMeter, limit_allocator
-from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
-from edgetune.optim import OptimizerSettings
+from edgetune.data import timm_augment
+from edgetune.errors import CapExceeded, EdgetuneError, Interrupted, RunFolderError
+from edgetune.memory import MemoryMeter
+from edgetune.methods import METHODS
 from edgetune.outcome import Outcome, make_report
-from edgetune.planner import Plan, PlanRequest
-from edgetune.planner import plan as make_plan
-from edgetune.profiles import DeviceProfile
-from edgetune.report import MetricsLog, RunReport, Scores, read_report, report_to_json
+from edgetune.prepare import Setup, build, prepare, settings_of_plan, some, step_weights, warm_up
+from edgetune.report import RunReport, read_report, report_to_json
 from edgetune.settings import RunSettings, StoredRun
-from edgetune.shapes import known_shapes
 from edgetune.store import (
     METRICS_FILE,
     PLAN_FILE,
     REPORT_FILE,
+    LoggedListener,
     Standing,
     images_sha256,
     read_plan,
@@ -61,32 +46,10 @@ from edgetune.trainer import (
     Job,
     Listener,
     OverCap,
-    StepEvent,
     TrainingState,
     stop_on_signals,
     train,
 )
-from edgetune.units import MIB
-
-if TYPE_CHECKING:
-    from edgetune.vit.models import LoadedModel
-
-# Of what is left for training, the share that decoding one image may take at the most.
-DECODE_SHARE = 1 / 3
-LEAST_DECODE_BYTES = 8 * MIB
-
-
-class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """What is settled before any weight is loaded."""
-
-    settings: RunSettings
-    judge: Judge
-    data: DataFolder
-    shape: ViTShape
-    preprocess: Preprocess
-    plan: Plan
-    decode_budget_bytes: int
-    notes: tuple[str, ...]
 
 
 def finetune(
@@ -102,12 +65,12 @@ def finetune(
     profile = devices.find_device(settings.device)
     stored_plan = None if plan_file is None else read_plan(plan_file)
     if stored_plan is not None:
-        settings = _settings_of_plan(settings, stored_plan)
+        settings = settings_of_plan(settings, stored_plan)
     existed = output is not None and output.exists()
     path = create_run_folder(None, settings.model, profile.id, output)
     with MemoryMeter() as meter, open_run_folder(path):
         try:
-            judge = _warm_up(settings, profile, meter)
+            judge = warm_up(settings, profile, meter)
             setup = prepare(settings, judge, profile, meter, listener, stored_plan)
             with meter.phase("load"):
                 backend, write_checkpoint = _load_new(setup, path, meter)
@@ -129,12 +92,12 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
     with MemoryMeter() as meter, open_run_folder(path):
         settings = stored.settings if data is None else msgspec.structs.replace(stored.settings, data=data)
         profile = devices.find_device(settings.device)
-        judge = _warm_up(settings, profile, meter)
+        judge = warm_up(settings, profile, meter)
         setup = prepare(settings, judge, profile, meter, listener, read_plan(path / PLAN_FILE))
         if setup.data.classes != stored.classes:
             raise RunFolderError(
-                f"the images have other classes than the run: {_some(setup.data.classes)} instead of "
-                f"{_some(stored.classes)}. Give the run's own images with --data."
+                f"the images have other classes than the run: {some(setup.data.classes)} instead of "
+                f"{some(stored.classes)}. Give the run's own images with --data."
             )
         if images_sha256(setup.data) != stored.images_sha256:
             raise RunFolderError(
@@ -144,7 +107,7 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
                 f"--model local-dir:{path} goes on from its weights."
             )
         with meter.phase("load"):
-            backend = _build(setup, meter, pretrained=False)[1]
+            backend = build(setup, meter, pretrained=False)[1]
             standing = restore(path, setup.plan, backend)
         for note in standing.notes:
             listener.note(note)
@@ -155,112 +118,11 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
         return _train_and_report(path, setup, backend, standing, meter, listener, began)
 
 
-def prepare(
-    settings: RunSettings,
-    judge: Judge,
-    profile: DeviceProfile,
-    meter: MemoryMeter,
-    listener: Listener,
-    stored_plan: Plan | None,
-) -> Setup:
-    """Data, the model's shape and the plan: all that can fail before a weight is loaded."""
-    from edgetune.vit.models import ModelSource, describe
-
-    source = ModelSource(name=settings.model, image_px=settings.image_px)
-    _, preprocess = describe(source, classes=2)
-    left = judge.cap_bytes - judge.device_runtime_bytes
-    if stored_plan is not None:
-        # What this machine has left today must not change at which scale a photograph is decoded.
-        left = stored_plan.cap_bytes - stored_plan.runtime_bytes
-    decode_budget = max(LEAST_DECODE_BYTES, int(left * DECODE_SHARE))
-    with meter.phase("data"):
-        data = open_folder(
-            settings.data or bundled_sample(),
-            seed=settings.seed,
-            val_share=settings.val_share,
-            max_bad=settings.max_bad,
-            decode_budget_bytes=decode_budget,
-            cache_dir=default_cache_dir(),
-            progress=lambda done, total: listener.progress("check images", done, total),
-            preprocess=preprocess,
-        )
-    shape, _ = describe(source, classes=len(data.classes))
-    notes = [*judge.notes, *data.notes]
-    listener.note(
-        f"{len(data.train.paths)} training and {len(data.val.paths)} validation images, "
-        f"{len(data.classes)} classes: {_some(data.classes, 20)}"
-    )
-    method = METHODS[settings.method]
-    check_model(method, shape, adaptive_obstacle(shape))
-    plan = stored_plan
-    if plan is None:
-        plan = make_plan(
-            PlanRequest(
-                shape=shape,
-                space=space_of(method, shape, trained_blocks=settings.trained_blocks, split_block=settings.split_block),
-                batch_size=min(settings.batch_size, len(data.train.paths)),
-                optimizer=settings.optimizer,
-                cap_bytes=judge.cap_bytes,
-                runtime_bytes=judge.device_runtime_bytes,
-                token_floor=settings.token_floor,
-                accumulation=settings.accumulation,
-                decode_bytes=data.decode_peak_bytes,
-                threads=settings.threads or min(profile.cores or 2**10, system.usable_cores()),
-                peak_flops_per_s=profile.peak_flops_per_s,
-            ),
-            smaller_models=known_shapes(len(data.classes)),
-        )
-    elif len(plan.token_ceiling) != shape.depth or plan.token_ceiling[0] != shape.patch_tokens:
-        raise UsageError(
-            f"the plan is for {plan.model} ({len(plan.token_ceiling)} blocks, {plan.token_ceiling[0]} patch tokens), "
-            f"not for {shape.name} ({shape.depth}, {shape.patch_tokens}) at this image size."
-        )
-    frozen = shape.depth if method.name == "head" else plan.split_block
-    if not settings.pretrained and (frozen or not plan.embeddings_train):
-        what = f"the embeddings and the {frozen} blocks below the split" if frozen else "the embeddings"
-        notes.append(f"warning: {what} stay frozen at random weights; --method full trains everything")
-    for note in notes:
-        listener.note(note)
-    for line in plan.explanation:
-        listener.note(f"plan: {line}")
-    return Setup(
-        settings=settings,
-        judge=judge,
-        data=data,
-        shape=shape,
-        preprocess=preprocess,
-        plan=plan,
-        decode_budget_bytes=decode_budget,
-        notes=tuple(notes),
-    )
-
-
-def _warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) -> Judge:
-    """Import all that the run needs and take one step on nothing; what the process holds then is the runtime."""
-    limit_allocator()
-    # Threads that spin while they wait starve whatever else runs, on few cores themselves. Read when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    meter.enter("runtime")
-    try:
-        import torch
-
-        from edgetune.backends.pytorch import warm_up
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"fine-tuning needs torch, torchvision and timm ({error}). Install them with: pip install 'edgetune[torch]'"
-        ) from error
-    torch.set_num_threads(settings.threads or min(profile.cores or 2**10, system.usable_cores()))
-    warm_up(OptimizerSettings(name=settings.optimizer))
-    judge = judge_for(profile, settings.ram_cap_bytes, meter)
-    meter.enter("")
-    return judge
-
-
 def _load_new(setup: Setup, path: Path, meter: MemoryMeter) -> tuple[Backend, Callable[[TrainingState], None]]:
     """The model as the run starts with it, all of the run folder that does not change, and what writes checkpoints."""
     from edgetune.vit.models import timm_config
 
-    loaded, backend = _build(setup, meter, pretrained=setup.settings.pretrained)
+    loaded, backend = build(setup, meter, pretrained=setup.settings.pretrained)
     stored = StoredRun(
         settings=setup.settings,
         classes=setup.data.classes,
@@ -273,38 +135,6 @@ def _load_new(setup: Setup, path: Path, meter: MemoryMeter) -> tuple[Backend, Ca
     )
     write = write_start(path, stored, setup.plan, timm_config(loaded, setup.data.classes), backend)
     return backend, write
-
-
-def _build(setup: Setup, meter: MemoryMeter, *, pretrained: bool) -> tuple[LoadedModel, Backend]:
-    import torch
-
-    from edgetune.backends.pytorch import TorchBackend
-    from edgetune.vit.models import ModelSource, load_model
-
-    settings, plan = setup.settings, setup.plan
-    torch.set_num_threads(plan.threads)
-    torch.manual_seed(settings.seed)  # the new head's weights
-    source = ModelSource(
-        name=settings.model,
-        weights=settings.weights if pretrained else None,
-        pretrained=pretrained,
-        image_px=settings.image_px,
-    )
-    loaded = load_model(source, len(setup.data.classes))
-    backend = TorchBackend(
-        loaded.model,
-        OptimizerSettings(name=plan.optimizer, weight_decay=settings.weight_decay),
-        class_weights=_class_weights(setup),
-        label_smoothing=settings.label_smoothing,
-        at_peak=meter.current,
-    )
-    return loaded, backend
-
-
-def _class_weights(setup: Setup) -> Any:
-    if not setup.settings.balanced_class_weights:
-        return None
-    return class_weights(setup.data.train.labels, len(setup.data.classes))
 
 
 def _train_and_report(
@@ -320,8 +150,7 @@ def _train_and_report(
     settings, plan, state = setup.settings, setup.plan, standing.state
     method = METHODS[settings.method]
     rate = settings.learning_rate or method.learning_rate[plan.optimizer]
-    metrics = MetricsLog(path / METRICS_FILE)
-    metrics.truncate_after(state.step, keep_evaluation=state.evaluated_step == state.step)
+    logged = LoggedListener(listener, path / METRICS_FILE, state)
 
     def count_time() -> None:
         nonlocal began
@@ -348,10 +177,10 @@ def _train_and_report(
         train_images=setup.data.train,
         val_images=setup.data.val,
         preprocess=setup.preprocess,
-        class_weights=_class_weights(setup),
+        class_weights=step_weights(setup),
         transform=timm_augment(setup.preprocess, settings.seed) if settings.augment else None,
         learning_rate=rate,
-        listener=_Logged(listener, metrics),
+        listener=logged,
         checkpoint=save_checkpoint,
         keep_best=save_best,
         enter_phase=meter.enter,
@@ -422,43 +251,6 @@ def _train_and_report(
     return report
 
 
-class _Logged:
-    """The listener, with `metrics.csv` beside it."""
-
-    def __init__(self, listener: Listener, metrics: MetricsLog) -> None:
-        self._listener, self._metrics = listener, metrics
-        self.note, self.progress = listener.note, listener.progress
-
-    def step(self, event: StepEvent) -> None:
-        self._metrics.append(
-            {
-                "step": event.step,
-                "epoch": event.epoch,
-                "loss": event.loss,
-                "train_accuracy": event.train_accuracy,
-                "learning_rate": event.learning_rate,
-                "images_per_second": event.images_per_second,
-                "token_share": event.token_share,
-                "trained_blocks": event.trained_blocks,
-                "memory_bytes": event.memory_bytes,
-                "seconds": event.seconds,
-            }
-        )
-        self._listener.step(event)
-
-    def evaluated(self, step: int, epoch: float, scores: Scores, best: bool) -> None:
-        self._metrics.append(
-            {
-                "step": step,
-                "epoch": epoch,
-                "val_loss": scores.loss,
-                "val_accuracy": scores.accuracy,
-                "val_balanced_accuracy": scores.balanced_accuracy,
-            }
-        )
-        self._listener.evaluated(step, epoch, scores, best)
-
-
 def _refuse_finished(path: Path) -> None:
     """Raises: RunFolderError if the run's report says that it is finished."""
     try:
@@ -487,22 +279,3 @@ def _discard(path: Path, *, keep: bool) -> None:
             entry.unlink(missing_ok=True)
     if not keep:
         path.rmdir()
-
-
-def _settings_of_plan(settings: RunSettings, plan: Plan) -> RunSettings:
-    """A replayed plan decides the method, the batch and the optimizer."""
-    if settings.model != plan.model:
-        raise UsageError(f"the plan is for --model {plan.model}, not {settings.model}.")
-    return msgspec.structs.replace(
-        settings,
-        method=plan.method,
-        batch_size=plan.batch_size,
-        optimizer=plan.optimizer,
-        trained_blocks=None,
-        split_block=None,
-        threads=plan.threads,
-    )
-
-
-def _some(names: tuple[str, ...], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -35,8 +35,9 @@ from edgetune.data import DataFolder
 from edgetune.errors import RunFolderError, UsageError
 from edgetune.methods import METHODS
 from edgetune.planner import Plan
+from edgetune.report import MetricsLog, Scores
 from edgetune.settings import StoredRun, check
-from edgetune.trainer import TrainingState
+from edgetune.trainer import Listener, StepEvent, TrainingState
 
 RUN_FILE, PLAN_FILE, REPORT_FILE = "run.json", "plan.json", "report.json"
 MODEL_FILE, CONFIG_FILE, LABELS_FILE, METRICS_FILE = "model.safetensors", "config.json", "labels.txt", "metrics.csv"
@@ -128,6 +129,44 @@ def restore(folder: Path, plan: Plan, backend: Backend) -> Standing:
         raise RunFolderError(f"the checkpoint in {folder} is of another version of edgetune: {error}.") from error
     write = checkpoint_writer(folder, plan, backend, checkpoint.seed, checkpoint.base_sha256)
     return Standing(state, write, notes)
+
+
+class LoggedListener:
+    """A listener with `metrics.csv` beside it, from where the run stands on: later rows are written again."""
+
+    def __init__(self, listener: Listener, path: Path, state: TrainingState) -> None:
+        self._listener, self._metrics = listener, MetricsLog(path)
+        self._metrics.truncate_after(state.step, keep_evaluation=state.evaluated_step == state.step)
+        self.note, self.progress = listener.note, listener.progress
+
+    def step(self, event: StepEvent) -> None:
+        self._metrics.append(
+            {
+                "step": event.step,
+                "epoch": event.epoch,
+                "loss": event.loss,
+                "train_accuracy": event.train_accuracy,
+                "learning_rate": event.learning_rate,
+                "images_per_second": event.images_per_second,
+                "token_share": event.token_share,
+                "trained_blocks": event.trained_blocks,
+                "memory_bytes": event.memory_bytes,
+                "seconds": event.seconds,
+            }
+        )
+        self._listener.step(event)
+
+    def evaluated(self, step: int, epoch: float, scores: Scores, best: bool) -> None:
+        self._metrics.append(
+            {
+                "step": step,
+                "epoch": epoch,
+                "val_loss": scores.loss,
+                "val_accuracy": scores.accuracy,
+                "val_balanced_accuracy": scores.balanced_accuracy,
+            }
+        )
+        self._listener.evaluated(step, epoch, scores, best)
 
 
 def trainable_space(plan: Plan) -> Selection:

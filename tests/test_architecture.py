@@ -48,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
     "trainer": {"alast", "backends", "cost", "data", "errors", "methods", "planner", "report", "settings"},
     "judge": {"devices", "errors", "memory", "profiles", "system", "units"},
     "store": {
-        "backends", "checkpoint", "cost", "data", "errors", "methods", "planner", "settings", "trainer", "units",
+        "backends", "checkpoint", "cost", "data", "errors", "methods", "planner", "report", "settings", "trainer", "units",
     },
     "outcome": {
         "cost", "data", "errors", "judge", "memory", "planner", "report", "settings", "store", "trainer", "units",
@@ -56,9 +56,13 @@ ARROWS: dict[str, set[str]] = {
     "inference": {
         "backends", "checkpoint", "data", "errors", "memory", "report", "settings", "store", "system", "units", "vit",
     },
+    "prepare": {
+        "backends", "cost", "data", "errors", "judge", "memory", "methods", "optim", "planner", "profiles", "settings",
+        "shapes", "system", "trainer", "units", "vit",
+    },
     "run": {
-        "alast", "backends", "checkpoint", "cost", "data", "devices", "errors", "judge", "memory", "methods", "optim",
-        "outcome", "planner", "profiles", "report", "settings", "shapes", "store", "system", "trainer", "units", "vit",
+        "backends", "checkpoint", "data", "devices", "errors", "memory", "methods", "outcome", "prepare", "report",
+        "settings", "store", "trainer", "vit",
     },
     # What people type.
     "cli": {

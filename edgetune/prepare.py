@@ -1,0 +1,198 @@
+"""What is settled before the first step: the runtime, the data, the model's shape, the plan, and the model in a backend."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgetune import system
+from edgetune.backends.base import Backend
+from edgetune.cost import ViTShape
+from edgetune.data import DataFolder, Preprocess, bundled_sample, class_weights, default_cache_dir, open_folder
+from edgetune.errors import BackendUnavailable, UsageError
+from edgetune.judge import Judge, judge_for
+from edgetune.memory import MemoryMeter, limit_allocator
+from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
+from edgetune.optim import OptimizerSettings
+from edgetune.planner import Plan, PlanRequest
+from edgetune.planner import plan as make_plan
+from edgetune.profiles import DeviceProfile
+from edgetune.settings import RunSettings
+from edgetune.shapes import known_shapes
+from edgetune.trainer import Listener
+from edgetune.units import MIB
+
+if TYPE_CHECKING:
+    from edgetune.vit.models import LoadedModel
+
+# Of what is left for training, the share that decoding one image may take at the most.
+DECODE_SHARE = 1 / 3
+LEAST_DECODE_BYTES = 8 * MIB
+
+
+class Setup(msgspec.Struct, frozen=True, kw_only=True):
+    """What is settled before any weight is loaded."""
+
+    settings: RunSettings
+    judge: Judge
+    data: DataFolder
+    shape: ViTShape
+    preprocess: Preprocess
+    plan: Plan
+    decode_budget_bytes: int
+    notes: tuple[str, ...]
+
+
+def prepare(
+    settings: RunSettings,
+    judge: Judge,
+    profile: DeviceProfile,
+    meter: MemoryMeter,
+    listener: Listener,
+    stored_plan: Plan | None,
+) -> Setup:
+    """Data, the model's shape and the plan: all that can fail before a weight is loaded."""
+    from edgetune.vit.models import ModelSource, describe
+
+    source = ModelSource(name=settings.model, image_px=settings.image_px)
+    _, preprocess = describe(source, classes=2)
+    left = judge.cap_bytes - judge.device_runtime_bytes
+    if stored_plan is not None:
+        # What this machine has left today must not change at which scale a photograph is decoded.
+        left = stored_plan.cap_bytes - stored_plan.runtime_bytes
+    decode_budget = max(LEAST_DECODE_BYTES, int(left * DECODE_SHARE))
+    with meter.phase("data"):
+        data = open_folder(
+            settings.data or bundled_sample(),
+            seed=settings.seed,
+            val_share=settings.val_share,
+            max_bad=settings.max_bad,
+            decode_budget_bytes=decode_budget,
+            cache_dir=default_cache_dir(),
+            progress=lambda done, total: listener.progress("check images", done, total),
+            preprocess=preprocess,
+        )
+    shape, _ = describe(source, classes=len(data.classes))
+    notes = [*judge.notes, *data.notes]
+    listener.note(
+        f"{len(data.train.paths)} training and {len(data.val.paths)} validation images, "
+        f"{len(data.classes)} classes: {some(data.classes, 20)}"
+    )
+    method = METHODS[settings.method]
+    check_model(method, shape, adaptive_obstacle(shape))
+    plan = stored_plan
+    if plan is None:
+        plan = make_plan(
+            PlanRequest(
+                shape=shape,
+                space=space_of(method, shape, trained_blocks=settings.trained_blocks, split_block=settings.split_block),
+                batch_size=min(settings.batch_size, len(data.train.paths)),
+                optimizer=settings.optimizer,
+                cap_bytes=judge.cap_bytes,
+                runtime_bytes=judge.device_runtime_bytes,
+                token_floor=settings.token_floor,
+                accumulation=settings.accumulation,
+                decode_bytes=data.decode_peak_bytes,
+                threads=settings.threads or min(profile.cores or 2**10, system.usable_cores()),
+                peak_flops_per_s=profile.peak_flops_per_s,
+            ),
+            smaller_models=known_shapes(len(data.classes)),
+        )
+    elif len(plan.token_ceiling) != shape.depth or plan.token_ceiling[0] != shape.patch_tokens:
+        raise UsageError(
+            f"the plan is for {plan.model} ({len(plan.token_ceiling)} blocks, {plan.token_ceiling[0]} patch tokens), "
+            f"not for {shape.name} ({shape.depth}, {shape.patch_tokens}) at this image size."
+        )
+    frozen = shape.depth if method.name == "head" else plan.split_block
+    if not settings.pretrained and (frozen or not plan.embeddings_train):
+        what = f"the embeddings and the {frozen} blocks below the split" if frozen else "the embeddings"
+        notes.append(f"warning: {what} stay frozen at random weights; --method full trains everything")
+    for note in notes:
+        listener.note(note)
+    for line in plan.explanation:
+        listener.note(f"plan: {line}")
+    return Setup(
+        settings=settings,
+        judge=judge,
+        data=data,
+        shape=shape,
+        preprocess=preprocess,
+        plan=plan,
+        decode_budget_bytes=decode_budget,
+        notes=tuple(notes),
+    )
+
+
+def warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) -> Judge:
+    """Import all that the run needs and take one step on nothing; what the process holds then is the runtime."""
+    limit_allocator()
+    # Threads that spin while they wait starve whatever else runs, on few cores themselves. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    meter.enter("runtime")
+    try:
+        import torch
+
+        from edgetune.backends import pytorch
+    except ImportError as error:
+        raise BackendUnavailable(
+            f"fine-tuning needs torch, torchvision and timm ({error}). Install them with: pip install 'edgetune[torch]'"
+        ) from error
+    torch.set_num_threads(settings.threads or min(profile.cores or 2**10, system.usable_cores()))
+    pytorch.warm_up(OptimizerSettings(name=settings.optimizer))
+    judge = judge_for(profile, settings.ram_cap_bytes, meter)
+    meter.enter("")
+    return judge
+
+
+def build(setup: Setup, meter: MemoryMeter, *, pretrained: bool) -> tuple[LoadedModel, Backend]:
+    import torch
+
+    from edgetune.backends.pytorch import TorchBackend
+    from edgetune.vit.models import ModelSource, load_model
+
+    settings, plan = setup.settings, setup.plan
+    torch.set_num_threads(plan.threads)
+    torch.manual_seed(settings.seed)  # the new head's weights
+    source = ModelSource(
+        name=settings.model,
+        weights=settings.weights if pretrained else None,
+        pretrained=pretrained,
+        image_px=settings.image_px,
+    )
+    loaded = load_model(source, len(setup.data.classes))
+    backend = TorchBackend(
+        loaded.model,
+        OptimizerSettings(name=plan.optimizer, weight_decay=settings.weight_decay),
+        class_weights=step_weights(setup),
+        label_smoothing=settings.label_smoothing,
+        at_peak=meter.current,
+    )
+    return loaded, backend
+
+
+def step_weights(setup: Setup) -> Any:
+    """The weight of each class in the loss, float32 (classes,); None: all weigh the same."""
+    if not setup.settings.balanced_class_weights:
+        return None
+    return class_weights(setup.data.train.labels, len(setup.data.classes))
+
+
+def settings_of_plan(settings: RunSettings, plan: Plan) -> RunSettings:
+    """A replayed plan decides the method, the batch and the optimizer."""
+    if settings.model != plan.model:
+        raise UsageError(f"the plan is for --model {plan.model}, not {settings.model}.")
+    return msgspec.structs.replace(
+        settings,
+        method=plan.method,
+        batch_size=plan.batch_size,
+        optimizer=plan.optimizer,
+        trained_blocks=None,
+        split_block=None,
+        threads=plan.threads,
+    )
+
+
+def some(names: tuple[str, ...], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
