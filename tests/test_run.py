@@ -485,7 +485,7 @@ def test_an_image_that_goes_away_in_mid_run_ends_it_with_a_folder_that_can_be_re
 
 def test_a_diverging_run_says_so_and_that_its_weights_are_of_no_use(images: Path, tmp_path: Path) -> None:
     with pytest.raises(EdgetuneError, match=r"Try a lower --lr .* of no use"):
-        finetune(images, tmp_path / "r", method="full", optimizer="sgd", learning_rate=100.0, steps=30)
+        finetune(images, tmp_path / "r", method="full", optimizer="sgd", learning_rate=100.0, batch_size=2, steps=30)
     report = read_report(tmp_path / "r")
     assert report.stopped_because == "diverged"
     assert report.val_accuracy is None
