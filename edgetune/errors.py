@@ -17,18 +17,13 @@ EdgetuneError            exit code 1: what was named can't be used
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from edgetune.report import RunReport
-
 
 class EdgetuneError(Exception):
     """The root of the tree; `exit_code` is what the command line returns for it."""
 
     exit_code = 1
-    # The report of a run that this error ended; None if no run folder was left.
-    report: RunReport | None = None
+    # The `RunReport` of a run that this error ended; None if no run folder was left.
+    report: object = None
 
 
 class UsageError(EdgetuneError):

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -187,13 +186,3 @@ def test_the_core_imports_no_numpy_either() -> None:
 
 def test_the_command_line_starts_without_what_only_a_run_needs() -> None:
     assert _loaded(["cli"], (*HEAVY, "numpy", "PIL")) == ""
-
-
-def test_the_public_names_are_those_that_all_lists() -> None:
-    listed = list(getattr(edgetune, "__all__", ["__version__"]))
-    assert len(listed) == len(set(listed))
-    assert all(hasattr(edgetune, name) for name in listed)
-    public = {
-        name for name, value in vars(edgetune).items() if not name.startswith("_") and not isinstance(value, ModuleType)
-    }
-    assert public <= set(listed)

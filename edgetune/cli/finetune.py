@@ -330,6 +330,7 @@ def finetune(
     if adaptive:
         given["alast"] = adaptive
     from edgetune.cli.progress import Terminal
+    from edgetune.report import RunReport
 
     # Until the loop takes over, SIGTERM ends the process as Ctrl-C does: with what was begun taken back.
     signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
@@ -345,7 +346,7 @@ def finetune(
 
                 report = run.finetune(_settings(given), output=output, plan_file=plan, listener=terminal)
         except EdgetuneError as error:
-            if error.report is not None:
+            if isinstance(error.report, RunReport):
                 terminal.finished(error.report)
             raise
         terminal.finished(report)
