@@ -31,10 +31,10 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method(name="full", learning_rate={"adamw": 5e-4, "momentum": 5e-3, "sgd": 5e-2}, help="every parameter"),
+        Method(name="full", learning_rate={"adamw": 3e-4, "momentum": 3e-3, "sgd": 3e-2}, help="every parameter"),
         Method(
             name="head",
-            learning_rate={"adamw": 1e-2, "momentum": 1e-1, "sgd": 1.0},
+            learning_rate={"adamw": 3e-2, "momentum": 3e-1, "sgd": 3.0},
             help="the classifier and the norm before it",
         ),
         Method(name="last-k", learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1}, help="the last K blocks"),
