@@ -58,13 +58,15 @@ def load_run(folder: Path, *, threads: int | None = None) -> LoadedRun:
     return LoadedRun(folder, stored.classes, stored.preprocess, stored, logits)
 
 
-def evaluate(run: LoadedRun, data: Path | None, *, batch_size: int, note: Callable[[str], object]) -> dict[str, Any]:
+def evaluate(
+    run: LoadedRun, data: Path | None, *, batch_size: int, note: Callable[[str], object], max_bad: float = 0.01
+) -> dict[str, Any]:
     """Scores on `data` (its val/, or its class folders), or on the run's own validation images.
 
     Raises: DataError for images that can't be used, or classes the model does not know.
     """
     if data is not None:
-        found = open_for_evaluation(data, run.classes, preprocess=run.preprocess)
+        found = open_for_evaluation(data, run.classes, preprocess=run.preprocess, max_bad=max_bad)
     else:
         found = _own_images(run, note)
     for text in found.notes:

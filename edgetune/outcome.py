@@ -40,7 +40,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 def make_report(outcome: Outcome) -> RunReport:
     judge, plan, state, peaks, data = outcome.judge, outcome.plan, outcome.state, outcome.peaks, outcome.data
-    device_peak = judge.device_peak_bytes(peaks)
+    # A resumed run's earlier part counts too.
+    device_peak = max(judge.device_peak_bytes(peaks), state.device_peak_bytes)
     best = state.best
     flops_full = cost.full_fine_tuning_flops(outcome.shape, state.images)
     return RunReport(
@@ -66,7 +67,9 @@ def make_report(outcome: Outcome) -> RunReport:
         device_peak_bytes=device_peak,
         predicted_peak_bytes=plan.predicted_peak_bytes,
         device_runtime_bytes=judge.device_runtime_bytes,
-        training_peak_bytes=peaks.training_peak_bytes,
+        training_peak_bytes=max(peaks.training_peak_bytes, device_peak - judge.device_runtime_bytes)
+        if judge.simulated
+        else peaks.training_peak_bytes,
         runtime_bytes=peaks.runtime_bytes,
         peak_rss_bytes=peaks.peak_rss_bytes,
         peak_anonymous_bytes=peaks.peak_anonymous_bytes,

@@ -136,6 +136,28 @@ def _smallest_peak(request: PlanRequest, candidate: _Candidate) -> tuple[int, in
     return min((predicted_peak_bytes(request, candidate, size), size) for size in {sizes[0], sizes[-1]})
 
 
+def replayed(plan: Plan, *, cap_bytes: int, runtime_bytes: int) -> Plan:
+    """Another run's plan under this run's cap and runtime: what training adds stays as it was predicted.
+
+    Raises: DoesNotFit if that passes the cap.
+    """
+    shift = runtime_bytes - plan.runtime_bytes
+    peak = plan.predicted_peak_bytes + shift
+    if peak > cap_bytes:
+        raise DoesNotFit(
+            f"the plan needs {format_cap(peak)} here; the cap is {format_cap(cap_bytes)} (of which the runtime takes "
+            f"{format_bytes(runtime_bytes)}). Try --ram-cap {format_cap(peak)}, or leave --plan out.",
+            peak,
+        )
+    return msgspec.structs.replace(
+        plan,
+        cap_bytes=cap_bytes,
+        runtime_bytes=runtime_bytes,
+        predicted_peak_bytes=peak,
+        predicted_phase_bytes={phase: size + shift for phase, size in plan.predicted_phase_bytes.items()},
+    )
+
+
 def parts_of(plan: Plan) -> dict[str, int]:
     """What each kind holds at its own largest, bytes. They are not all at their largest at once: the peak is less."""
     step = plan.predicted
@@ -405,7 +427,7 @@ def _does_not_fit(request: PlanRequest, smallest_cap: int, smaller_models: Itera
     shape = request.shape
     message = (
         f"{shape.name} with method {request.space.name}, batch {request.batch_size} and "
-        f"{request.optimizer} needs at least {format_cap(smallest_cap)}; the cap is {format_bytes(request.cap_bytes)} "
+        f"{request.optimizer} needs at least {format_cap(smallest_cap)}; the cap is {format_cap(request.cap_bytes)} "
         f"(of which the runtime takes {format_bytes(request.runtime_bytes)}). "
     )
     tries = [f"--ram-cap {format_cap(smallest_cap)}"]

@@ -16,7 +16,7 @@ from edgetune.judge import Judge, judge_for
 from edgetune.memory import MemoryMeter, limit_allocator
 from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
 from edgetune.optim import OptimizerSettings
-from edgetune.planner import Plan, PlanRequest
+from edgetune.planner import Plan, PlanRequest, replayed
 from edgetune.planner import plan as make_plan
 from edgetune.profiles import DeviceProfile
 from edgetune.settings import RunSettings
@@ -52,8 +52,13 @@ def prepare(
     meter: MemoryMeter,
     listener: Listener,
     stored_plan: Plan | None,
+    *,
+    replay: bool,
 ) -> Setup:
-    """Data, the model's shape and the plan: all that can fail before a weight is loaded."""
+    """Data, the model's shape and the plan: all that can fail before a weight is loaded.
+
+    `stored_plan` is the run's own where it is resumed; with `replay` it is another run's.
+    """
     from edgetune.vit.models import ModelSource, describe
 
     source = ModelSource(name=settings.model, image_px=settings.image_px)
@@ -105,6 +110,8 @@ def prepare(
             f"the plan is for {plan.model} ({len(plan.token_ceiling)} blocks, {plan.token_ceiling[0]} patch tokens), "
             f"not for {shape.name} ({shape.depth}, {shape.patch_tokens}) at this image size."
         )
+    elif replay:
+        plan = replayed(plan, cap_bytes=judge.cap_bytes, runtime_bytes=judge.device_runtime_bytes)
     frozen = shape.depth if method.name == "head" else plan.split_block
     if not settings.pretrained and (frozen or not plan.embeddings_train):
         what = f"the embeddings and the {frozen} blocks below the split" if frozen else "the embeddings"

@@ -6,10 +6,12 @@ runtime); everything after it is training. `outcome.py` turns what happened into
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import msgspec
@@ -71,7 +73,7 @@ def finetune(
     with MemoryMeter() as meter, open_run_folder(path):
         try:
             judge = warm_up(settings, profile, meter)
-            setup = prepare(settings, judge, profile, meter, listener, stored_plan)
+            setup = prepare(settings, judge, profile, meter, listener, stored_plan, replay=stored_plan is not None)
             with meter.phase("load"):
                 backend, write_checkpoint = _load_new(setup, path, meter)
         except BaseException:
@@ -93,7 +95,7 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
         settings = stored.settings if data is None else msgspec.structs.replace(stored.settings, data=data)
         profile = devices.find_device(settings.device)
         judge = warm_up(settings, profile, meter)
-        setup = prepare(settings, judge, profile, meter, listener, read_plan(path / PLAN_FILE))
+        setup = prepare(settings, judge, profile, meter, listener, read_plan(path / PLAN_FILE), replay=False)
         if setup.data.classes != stored.classes:
             raise RunFolderError(
                 f"the images have other classes than the run: {some(setup.data.classes)} instead of "
@@ -113,7 +115,7 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
             listener.note(note)
         step = standing.state.step
         listener.note(f"going on from step {step}")
-        notes = (*standing.notes, f"resumed at step {step}: memory figures are of the part after it")
+        notes = (*standing.notes, f"resumed at step {step}: this host's memory figures are of the part after it")
         standing = standing._replace(notes=notes)
         return _train_and_report(path, setup, backend, standing, meter, listener, began)
 
@@ -196,7 +198,7 @@ def _train_and_report(
         except Interruption:
             stopped = "interrupted"
             error = Interrupted(
-                f"stopped after step {state.step}. Go on with: edgetune finetune --resume {path}",
+                f"stopped after step {state.step}. Go on with: {_resume_command(path)}",
                 signals[0] if signals else signal.SIGINT,
             )
         except OverCap:
@@ -220,11 +222,14 @@ def _train_and_report(
             )
         except EdgetuneError as failure:
             # An image that has gone, a full disk: the state is that of the last whole step.
-            stopped, error = "failed", failure
-            save_checkpoint(state)
-            listener.note(f"stopped after step {state.step}. Go on with: edgetune finetune --resume {path}")
+            stopped = "failed"
+            with suppress(EdgetuneError):
+                save_checkpoint(state)
+            failure.args = (f"{failure} When that is mended, go on with: {_resume_command(path)}",)
+            error = failure
     if state.best is None:
-        save_best()  # stopped before the first evaluation: the weights as they are
+        with suppress(EdgetuneError) if error is not None else nullcontext():
+            save_best()  # stopped before the first evaluation: the weights as they are
     count_time()
     outcome = Outcome(
         settings=settings,
@@ -241,14 +246,22 @@ def _train_and_report(
         notes=(*setup.notes, *standing.notes),
     )
     report = make_report(outcome)
-    write_atomically(path / REPORT_FILE, report_to_json(report) + b"\n")
+    with suppress(EdgetuneError) if error is not None else nullcontext():
+        write_atomically(path / REPORT_FILE, report_to_json(report) + b"\n")
     if error is None and not report.within_cap:
-        error = CapExceeded(f"{report.verdict}. The folder {path} is complete up to step {state.step}.")
+        error = CapExceeded(
+            f"{report.verdict}. The folder {path} is complete up to step {state.step}. "
+            "Start again with a larger --ram-cap, or with fewer trained blocks or a smaller batch."
+        )
     listener.note(f"run folder: {path}")
     if error is not None:
         error.report = report
         raise error
     return report
+
+
+def _resume_command(path: Path) -> str:
+    return f"edgetune finetune --resume {shlex.quote(str(path))}"
 
 
 def _refuse_finished(path: Path) -> None:

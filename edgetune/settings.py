@@ -94,6 +94,11 @@ def check(settings: RunSettings) -> None:
         raise UsageError("--lr must be above 0.")
     if settings.method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {settings.method!r}.")
+    if settings.method != "alast" and (settings.alast != AlastSettings() or settings.token_floor is not None):
+        raise UsageError(
+            "--token-floor, --alpha, --initial-budget, --layer-choice and --token-share belong to --method alast, "
+            f"not to {settings.method}."
+        )
     if settings.weights is not None and not settings.pretrained:
         raise UsageError("--weights and --no-pretrained contradict each other: leave one of them out.")
     texts = {

@@ -33,7 +33,7 @@ from edgetune.checkpoint import (
 from edgetune.cost import Selection
 from edgetune.data import DataFolder
 from edgetune.errors import RunFolderError, UsageError
-from edgetune.methods import METHODS
+from edgetune.methods import METHODS, Method
 from edgetune.planner import Plan
 from edgetune.report import MetricsLog, Scores
 from edgetune.settings import StoredRun, check
@@ -202,8 +202,13 @@ def read_plan(path: Path) -> Plan:
         ("runtime_bytes", plan.runtime_bytes, 0, 2**62),
     )
     wrong = [f"{name} is {value}" for name, value, least, most in limits if not least <= value <= most]
-    if plan.method not in METHODS:
+    if plan.format_version != 1:
+        wrong.append(f"format_version is {plan.format_version}, this edgetune's is 1")
+    method = METHODS.get(plan.method)
+    if method is None:
         wrong.append(f"method is {plan.method!r}")
+    else:
+        wrong += _contradictions(plan, method)
     if not ceiling or min(ceiling) < 1 or list(ceiling) != sorted(ceiling, reverse=True):
         wrong.append("token_ceiling does not fall from block to block")
     if wrong:
@@ -213,12 +218,36 @@ def read_plan(path: Path) -> Plan:
     return plan
 
 
+def _contradictions(plan: Plan, method: Method) -> list[str]:
+    """Where a plan's fields do not go together."""
+    depth = len(plan.token_ceiling)
+    ever = depth - plan.split_block if plan.draws else plan.trained_blocks
+    claims = {
+        "draws": (plan.draws, method.draws),
+        "embeddings_train": (plan.embeddings_train, plan.method == "full"),
+        "ever_trained_blocks": (plan.ever_trained_blocks, ever),
+        "accumulation": (plan.accumulation, -(-plan.batch_size // max(1, plan.micro_batch))),
+    }
+    if not method.draws:
+        claims["split_block"] = (plan.split_block, depth - plan.trained_blocks)
+    if plan.method in ("full", "head"):
+        claims["trained_blocks"] = (plan.trained_blocks, depth if plan.method == "full" else 0)
+    wrong = [f"{name} is {found}, not {right}" for name, (found, right) in claims.items() if found != right]
+    if not plan.runtime_bytes < plan.predicted_peak_bytes < 2**62:
+        wrong.append(f"predicted_peak_bytes is {plan.predicted_peak_bytes}")
+    return wrong
+
+
 def images_sha256(data: DataFolder) -> str:
-    """What tells a set of images from another: relative paths and labels, in the order that numbers them."""
+    """What tells a set of images from another: relative paths, sizes and labels, in the order that numbers them."""
     digest = hashlib.sha256()
     for images in (data.train, data.val):
         for path, label in zip(images.paths, images.labels, strict=True):
-            digest.update(b"%d %s\0" % (label, os.fsencode(path)))
+            try:
+                size = os.stat(os.path.join(images.root, path)).st_size  # noqa: PTH116, PTH118 - names may be no text
+            except OSError:
+                size = -1
+            digest.update(b"%d %d %s\0" % (label, size, os.fsencode(path)))
         digest.update(b"\0")
     return digest.hexdigest()
 

@@ -32,6 +32,7 @@ from edgetune.settings import RunSettings
 
 # A loss that is no number this many steps in a row won't become one again: the weights do not change meanwhile.
 MAX_LOST_STEPS = 3
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 MicroBatch = tuple[Images, Labels]
 
 
@@ -56,6 +57,7 @@ class TrainingState(msgspec.Struct):
     images: int = 0
     flops: int = 0
     token_share_sum: float = 0.0
+    device_peak_bytes: int = 0
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -194,6 +196,7 @@ def _one_step(job: Job, selection: cost.Selection, batches: Iterator[MicroBatch]
     seen = max(1, state.epoch_images)
     left = (job.total_steps - state.step) * state.train_seconds / state.step
     memory_bytes = job.memory_bytes()
+    state.device_peak_bytes = max(state.device_peak_bytes, memory_bytes)
     job.listener.step(
         StepEvent(
             step=state.step,
@@ -232,7 +235,7 @@ def _evaluate_and_keep(job: Job) -> None:
     except Interruption:
         job.checkpoint(state)
         raise
-    better = state.best is None or is_better(scores.accuracy, state.best.accuracy)
+    better = state.best is None or _better(scores, state.best, balanced=job.settings.balanced_class_weights)
     if better:
         # The model first: a checkpoint that calls an epoch the best must find its weights.
         job.keep_best()
@@ -241,6 +244,14 @@ def _evaluate_and_keep(job: Job) -> None:
     job.listener.evaluated(state.step, epoch, scores, better)
     state.epoch_loss_sum, state.epoch_correct, state.epoch_images = 0.0, 0, 0
     job.checkpoint(state)
+
+
+def _better(scores: Scores, best: Scores, *, balanced: bool) -> bool:
+    """By accuracy (balanced, where the loss is), at a tie by loss: small validation sets tie often."""
+    new, old = (scores.balanced_accuracy, best.balanced_accuracy) if balanced else (scores.accuracy, best.accuracy)
+    if new is not None and new == old and scores.loss is not None and best.loss is not None:
+        return scores.loss < best.loss
+    return is_better(new, old)
 
 
 def evaluate(job: Job, images: ImageSet) -> Scores:
@@ -325,7 +336,7 @@ def _step_seed(seed: int, step: int) -> int:
 
 @contextmanager
 def stop_on_signals(stop: threading.Event) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM ask for a stop after the step at hand; a second one interrupts at once.
+    """Ctrl-C, SIGTERM and SIGHUP (a terminal that went) ask for a stop after the step at hand; a second one interrupts at once.
 
     Yields the list of signals that came. Outside the main thread signals stay as they are.
     """
@@ -340,7 +351,9 @@ def stop_on_signals(stop: threading.Event) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         stop.set()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What was ignored when we started (nohup, a job in the background of a script) stays ignored.
+    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in wanted}
     try:
         yield came
     finally:

@@ -145,7 +145,7 @@ def test_ctrl_c_at_any_moment_gives_code_130_and_no_traceback(edgetune: Run, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr("edgetune.__main__._main", interrupted)
-    assert edgetune("finetune") == (130, "", "edgetune: interrupted\n")
+    assert edgetune("finetune") == (130, "", "edgetune: interrupted. A run folder that was begun can be gone on with: --resume RUN\n")
 
 
 # ---------------------------------------------------------------------------------------------------- exit codes, output
@@ -215,11 +215,11 @@ def test_a_run_that_passes_its_cap_stops_with_code_4_and_a_complete_folder(
     images: Path, made: Path, tmp_path: Path
 ) -> None:
     plan = json.loads((made / "plan.json").read_bytes())
-    plan["cap_bytes"] = plan["runtime_bytes"] + 1024  # a plan that lies: training needs more than a kibibyte
+    plan["predicted_peak_bytes"] = plan["runtime_bytes"] + 1024  # a plan that lies: training needs more than that
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     done = cli(
         "finetune", "--model", "edgetune_micro", "--device", "jetson-nano", "--data", images, "--json",
-        "--plan", tmp_path / "plan.json", "--output", tmp_path / "r", "--steps", "5",
+        "--plan", tmp_path / "plan.json", "--output", tmp_path / "r", "--steps", "5", "--ram-cap", "317MiB",
     )  # fmt: skip
     assert done.returncode == 4, done.stderr
     assert "over cap by" in done.stderr

@@ -110,7 +110,7 @@ def test_a_run_stopped_after_a_step_goes_on_to_the_same_end(
     resumed = resume(tmp_path / "r")
     assert (resumed.stopped_because, resumed.steps) == ("finished", 8)
     assert_equal_runs(tmp_path / "r", whole)
-    assert f"resumed at step {step}: memory figures are of the part after it" in resumed.notes
+    assert f"resumed at step {step}: this host's memory figures are of the part after it" in resumed.notes
 
 
 def test_a_run_stopped_twice_goes_on_to_the_same_end_and_counts_all_its_time(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgetune.cli.options import MethodName, OptimizerChoice, parse_split
-from edgetune.errors import EdgetuneError, UsageError
+from edgetune.errors import EdgetuneError, Interrupted, UsageError
 from edgetune.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ FLAGS = {
 # What a plan has settled: asking for something else beside --plan would be ignored.
 OF_THE_PLAN = {
     "method", "batch_size", "accumulation", "optimizer", "trained_blocks", "split_block", "token_floor", "threads",
-    "ram_cap_bytes",
 }  # fmt: skip
 MODEL, DATA, METHOD, TRAIN, OUTPUT = "Model", "Data", "Method", "Training", "Run folder and output"
 
@@ -290,12 +288,13 @@ def finetune(
     if workers:
         raise UsageError(f"--workers {workers}: edgetune loads with one thread and no worker processes. Leave it out.")
     given: dict[str, Any] = {
-        "model": model,
-        "weights": None if weights is None else str(weights),
+        "model": _absolute_model(model),
+        "weights": None if weights is None else _absolute(str(weights)),
         "pretrained": pretrained,
         "image_px": image_size,
-        "data": None if data is None else os.path.abspath(data),  # noqa: PTH100 - a run is resumed from elsewhere too
-        "device": device,
+        # Absolute: a run is resumed from elsewhere too.
+        "data": None if data is None else _absolute(str(data)),
+        "device": _absolute(device) if device is not None and (device.endswith(".toml") or "/" in device) else device,
         "ram_cap_bytes": None if ram_cap is None else parse_bytes(ram_cap),
         "method": None if method is None else method.value,
         "epochs": epochs,
@@ -332,8 +331,7 @@ def finetune(
     from edgetune.cli.progress import Terminal
     from edgetune.report import RunReport
 
-    # Until the loop takes over, SIGTERM ends the process as Ctrl-C does: with what was begun taken back.
-    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(128 + signal.SIGTERM))
+    _end_on_signals()
     with Terminal(quiet=quiet, json=json) as terminal:
         try:
             if resume is not None:
@@ -350,6 +348,28 @@ def finetune(
                 terminal.finished(error.report)
             raise
         terminal.finished(report)
+
+
+def _end_on_signals() -> None:
+    """Until the loop takes over, a signal ends the run with what was begun taken back, and says so."""
+
+    def end(number: int, _frame: object) -> None:
+        raise Interrupted("interrupted while nothing was being trained: what was there before is as it was", number)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, end)
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - pathlib does not fold `..`
+
+
+def _absolute_model(model: str | None) -> str | None:
+    if model is None or not model.startswith("local-dir:"):
+        return model
+    return "local-dir:" + _absolute(model.removeprefix("local-dir:"))
 
 
 def _resume(folder: Path, given: dict[str, Any], output: Path | None, plan: Path | None, terminal: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from edgetune.data import shown
 from edgetune.report import RunReport, Scores, print_summary, report_to_json
 from edgetune.units import format_memory, format_seconds
 
@@ -27,12 +29,20 @@ def printable(text: str, encoding: str | None) -> str:
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
+class _PatientConsole(Console):
+    """A console whose reader may go (`| head`): the run goes on in silence instead of ending."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
 class Terminal:
     """A `trainer.Listener` that prints. With `json`, standard output is kept for the report alone."""
 
     def __init__(self, *, quiet: bool, json: bool) -> None:
         self.quiet, self.json = quiet, json
-        self.console = Console(stderr=json, highlight=False, soft_wrap=True)
+        self.console = _PatientConsole(stderr=json, highlight=False, soft_wrap=True)
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last_line = 0.0
@@ -61,7 +71,7 @@ class Terminal:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(printable(text, self.console.encoding), markup=False)
+            self.console.print(printable(shown(text), self.console.encoding), markup=False)
 
     def progress(self, what: str, done: int, total: int) -> None:
         self._show(what, done, total, "")

@@ -22,6 +22,9 @@ def evaluate(
         Path | None,
         typer.Option("--data", help="val/ in it, or its class folders. Default: the run's own.", show_default=False),
     ] = None,
+    max_bad: Annotated[
+        float, typer.Option("--max-bad", min=0.0, max=1.0, help="Share of unreadable images that is skipped.")
+    ] = 0.01,
     batch_size: _Batch = 16,
     threads: _Threads = None,
     json: _Json = False,
@@ -31,7 +34,7 @@ def evaluate(
     from edgetune.inference import load_run
 
     loaded = load_run(run, threads=threads)
-    result = evaluate_run(loaded, data, batch_size=batch_size, note=_note)
+    result = evaluate_run(loaded, data, batch_size=batch_size, note=_note, max_bad=max_bad)
     if json:
         _print_json(result)
         return

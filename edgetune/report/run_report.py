@@ -37,7 +37,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     threads: Annotated[int | None, _is("CPU threads")] = None
     versions: Annotated[dict[str, str], _is("of Python and the packages that computed")] = {}
     plan: Annotated[str, _is("file of the plan, in this folder")] = "plan.json"
-    stopped_because: Annotated[str, _is("finished, steps, interrupted, cap, diverged ...")]
+    stopped_because: Annotated[str, _is("finished, interrupted, over the cap, out of memory, diverged or failed")]
     notes: Annotated[tuple[str, ...], _is("what the user was told")] = ()
 
     verdict: Annotated[str, _is("peak against cap in one line")] = ""

@@ -49,6 +49,11 @@ def check_supported(model: nn.Module, name: str) -> VisionTransformer:
         )
     if not len(model.blocks):
         raise UnsupportedModel(f"{name} has no blocks to train.")
+    if any(type(module).__name__ == "DiffAttention" for module in model.modules()):
+        raise UnsupportedModel(
+            f"{name} uses differential attention, which keeps whole attention matrices: edgetune can't foresee its memory. "
+            "Try a plain vit_* model."
+        )
     channels = getattr(model, "in_chans", 3)
     if channels != 3:
         raise UnsupportedModel(f"{name} takes images of {channels} channels; edgetune feeds RGB.")

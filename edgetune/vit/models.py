@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor
 
 from edgetune.cost import ViTShape
-from edgetune.data import Preprocess
+from edgetune.data import Preprocess, shown
 from edgetune.errors import EdgetuneError, UnknownModel, UnsupportedModel, UsageError, WeightsError
 from edgetune.vit.loop import check_supported, shape_of
 
@@ -59,6 +59,10 @@ def load_model(source: ModelSource, classes: int) -> LoadedModel:
     model_args: dict[str, Any] = {}
     if folder is not None:
         model_args.update(_read_config(folder).get("model_args", {}))
+    elif _is_hub_name(source.name):
+        from timm.models import load_model_config_from_hf
+
+        model_args.update(load_model_config_from_hf(source.name.split(":", 1)[1])[2] or {})
     from_hub = source.pretrained and source.weights is None and folder is None
     kwargs = {"num_classes": classes}
     model = check_supported(_build(_timm_name(source.name), kwargs, source, from_hub), source.name)
@@ -252,9 +256,11 @@ def read_state(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = shown(str(error).splitlines()[0][:200]) if str(error) else type(error).__name__
+        if type(error).__name__ == "UnpicklingError":  # torch's own words advise to load it without the safeguard
+            reason = "it is damaged, or holds more than tensors"
         raise WeightsError(
-            f"{path} can't be loaded as weights ({first[:200]}). Wanted: a .safetensors file, or a .pth with tensors only "
+            f"{path} can't be loaded as weights ({reason}). Wanted: a .safetensors file, or a .pth with tensors only "
             "(edgetune never unpickles code)."
         ) from error
     if not isinstance(state, dict):
