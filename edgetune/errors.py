@@ -12,7 +12,7 @@ EdgetuneError            exit code 1: what was named can't be used
 ├── RunFolderError       1: a run folder can't be written, read or resumed
 ├── DoesNotFit           3: no plan keeps the run under the cap
 ├── CapExceeded          4: the run passed its cap, or stopped to avoid it
-└── Interrupted          130 (Ctrl-C) or 143 (SIGTERM): stopped cleanly, can be resumed
+└── Interrupted          129 (hang-up), 130 (Ctrl-C) or 143 (SIGTERM): stopped cleanly
 """
 
 from __future__ import annotations

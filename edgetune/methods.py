@@ -34,7 +34,7 @@ METHODS: dict[str, Method] = {
         Method(name="full", learning_rate={"adamw": 3e-4, "momentum": 3e-3, "sgd": 3e-2}, help="every parameter"),
         Method(
             name="head",
-            learning_rate={"adamw": 3e-2, "momentum": 3e-1, "sgd": 3.0},
+            learning_rate={"adamw": 3e-2, "momentum": 1e-1, "sgd": 3e-1},
             help="the classifier and the norm before it",
         ),
         Method(name="last-k", learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1}, help="the last K blocks"),

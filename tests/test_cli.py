@@ -145,7 +145,11 @@ def test_ctrl_c_at_any_moment_gives_code_130_and_no_traceback(edgetune: Run, mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr("edgetune.__main__._main", interrupted)
-    assert edgetune("finetune") == (130, "", "edgetune: interrupted. A run folder that was begun can be gone on with: --resume RUN\n")
+    assert edgetune("finetune") == (
+        130,
+        "",
+        "edgetune: interrupted. A run folder that was begun can be gone on with: --resume RUN\n",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- exit codes, output

@@ -302,3 +302,14 @@ def test_evaluation_takes_no_more_than_training_already_did() -> None:
         chosen = plan(_request(method))
         assert chosen.evaluation_batch >= 1
         assert chosen.predicted_phase_bytes["evaluate"] <= chosen.predicted_phase_bytes["train"]
+
+
+def test_a_replayed_plan_is_held_against_the_new_cap_and_runtime() -> None:
+    made = plan(_request(cap_mib=900))
+    moved = planner.replayed(made, cap_bytes=2000 * MIB, runtime_bytes=made.runtime_bytes + 100 * MIB)
+    assert moved.predicted_peak_bytes == made.predicted_peak_bytes + 100 * MIB
+    assert moved.cap_bytes == 2000 * MIB
+    assert moved.predicted == made.predicted
+    with pytest.raises(DoesNotFit, match="the plan needs") as refused:
+        planner.replayed(made, cap_bytes=made.predicted_peak_bytes - 1, runtime_bytes=made.runtime_bytes)
+    assert refused.value.smallest_cap_bytes == made.predicted_peak_bytes

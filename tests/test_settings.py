@@ -82,3 +82,10 @@ def test_settings_survive_json_and_unknown_ones_are_refused() -> None:
     assert msgspec.json.decode(stored, type=RunSettings) == settings
     with pytest.raises(msgspec.ValidationError, match="unknown field"):
         msgspec.json.decode(stored[:-1] + b',"nonsense":1}', type=RunSettings)
+
+
+@pytest.mark.parametrize("wrong", [{"token_floor": 0.5}, {"alast": AlastSettings(alpha=3.0)}])
+def test_what_only_alast_understands_is_refused_with_other_methods(wrong: dict[str, object]) -> None:
+    check(msgspec.structs.replace(GOOD, **wrong))
+    with pytest.raises(UsageError, match="--method alast"):
+        check(msgspec.structs.replace(GOOD, method="full", **wrong))

@@ -16,7 +16,7 @@ from edgetune.methods import METHODS, space_of
 from edgetune.planner import PlanRequest, plan
 from edgetune.report import Scores
 from edgetune.settings import RunSettings
-from edgetune.trainer import Diverged, Interruption, Job, OverCap, StepEvent, TrainingState, rate_at, train
+from edgetune.trainer import Diverged, Interruption, Job, OverCap, StepEvent, TrainingState, _better, rate_at, train
 from edgetune.units import GIB, MIB
 
 PREPROCESS = Preprocess(height_px=8, width_px=8, crop_pct=1.0)
@@ -256,3 +256,15 @@ def test_class_weights_of_a_step_do_not_depend_on_how_it_is_cut(tmp_path: Path) 
         job.backend.step = spy  # type: ignore[method-assign]
         train(job)
     assert [total for cut, total in seen if cut == 1] == pytest.approx([total for cut, total in seen if cut == 4])
+
+
+def test_at_a_tie_the_lower_loss_wins_and_balanced_weights_are_judged_by_balanced_accuracy() -> None:
+    def scores(accuracy: float, balanced: float, loss: float) -> Scores:
+        return Scores(
+            accuracy=accuracy, balanced_accuracy=balanced, loss=loss, topk_accuracy=1.0, topk=2, recall=(), images=10
+        )
+
+    assert _better(scores(0.8, 0.5, 0.3), scores(0.8, 0.5, 0.4), balanced=False)
+    assert not _better(scores(0.8, 0.5, 0.4), scores(0.8, 0.5, 0.3), balanced=False)
+    assert not _better(scores(0.7, 0.9, 0.1), scores(0.8, 0.5, 0.4), balanced=False)
+    assert _better(scores(0.7, 0.9, 0.1), scores(0.8, 0.5, 0.4), balanced=True)

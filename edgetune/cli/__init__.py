@@ -11,7 +11,7 @@ from edgetune.cli import devices, finetune, plan, use
 
 EXIT_CODES = """Exit codes: 0 done; 1 what was named can't be used (data, weights, disk, profile file);
 2 the command line isn't understood (flag, value, unknown device or model name); 3 does not fit under the cap;
-4 the run passed its cap or stopped to avoid it; 130 and 143 interrupted (the run can be resumed)."""
+4 the run passed its cap or stopped to avoid it; 129, 130 and 143 interrupted (a run that had begun can be resumed)."""
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -373,3 +373,8 @@ def test_another_architecture_is_refused_by_name() -> None:
         assert "the-model" in str(refused.value)
     model = zoo.tiny()
     assert check_supported(model, "vit") is model
+
+
+def test_differential_attention_is_refused_because_its_memory_is_not_known() -> None:
+    with pytest.raises(UnsupportedModel, match="differential attention"):
+        check_supported(timm.create_model("vit_dlittle_patch16_reg1_gap_256"), "vit_dlittle_patch16_reg1_gap_256")
