@@ -59,14 +59,15 @@ def load_model(source: ModelSource, classes: int) -> LoadedModel:
     model_args: dict[str, Any] = {}
     if folder is not None:
         model_args.update(_read_config(folder).get("model_args", {}))
-    elif _is_hub_name(source.name):
-        from timm.models import load_model_config_from_hf
-
-        model_args.update(load_model_config_from_hf(source.name.split(":", 1)[1])[2] or {})
     from_hub = source.pretrained and source.weights is None and folder is None
     kwargs = {"num_classes": classes}
     model = check_supported(_build(_timm_name(source.name), kwargs, source, from_hub), source.name)
     _check_image_size(model, source)
+    if _is_hub_name(source.name):
+        from timm.models import load_model_config_from_hf
+
+        # What the hub's config built it with, from the cache by now: the run folder's config has to build it too.
+        model_args.update(load_model_config_from_hf(source.name.split(":", 1)[1])[2] or {})
     if source.weights is not None:
         load_weights(model, Path(source.weights))
     elif source.pretrained and folder is not None:
