@@ -100,7 +100,7 @@ def prepare(
                 token_floor=settings.token_floor,
                 accumulation=settings.accumulation,
                 decode_bytes=data.decode_peak_bytes,
-                threads=settings.threads or min(profile.cores or 2**10, system.usable_cores()),
+                threads=threads_of(settings, profile),
                 peak_flops_per_s=profile.peak_flops_per_s,
             ),
             smaller_models=known_shapes(len(data.classes)),
@@ -132,6 +132,11 @@ def prepare(
     )
 
 
+def threads_of(settings: RunSettings, profile: DeviceProfile) -> int:
+    """CPU threads: as asked for, else the device's cores, at most this machine's."""
+    return settings.threads or min(profile.cores or 2**10, system.usable_cores())
+
+
 def warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) -> Judge:
     """Import all that the run needs and take one step on nothing; what the process holds then is the runtime."""
     limit_allocator()
@@ -146,7 +151,7 @@ def warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) -
         raise BackendUnavailable(
             f"fine-tuning needs torch, torchvision and timm ({error}). Install them with: pip install 'edgetune[torch]'"
         ) from error
-    torch.set_num_threads(settings.threads or min(profile.cores or 2**10, system.usable_cores()))
+    torch.set_num_threads(threads_of(settings, profile))
     pytorch.warm_up(OptimizerSettings(name=settings.optimizer))
     judge = judge_for(profile, settings.ram_cap_bytes, meter)
     meter.enter("")

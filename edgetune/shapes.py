@@ -36,12 +36,7 @@ def known_shape(name: str, classes: int, image_px: int | None = None) -> ViTShap
         return None
     shape = known.shape
     height, width = (image_px, image_px) if image_px is not None else shape.image_px
-    if height % shape.patch_px[0] or width % shape.patch_px[1]:
-        lower = height // shape.patch_px[0] * shape.patch_px[0]
-        raise UsageError(
-            f"--image-size {height} is no multiple of {name}'s patch size {shape.patch_px[0]}. "
-            f"Try {max(lower, shape.patch_px[0])} or {lower + shape.patch_px[0]}."
-        )
+    check_image_size(name, image_px, shape.patch_px)
     tokens = (height // shape.patch_px[0]) * (width // shape.patch_px[1])
     positions = (tokens + known.position_prefix) * shape.width
     return msgspec.structs.replace(
@@ -52,6 +47,17 @@ def known_shape(name: str, classes: int, image_px: int | None = None) -> ViTShap
         embed_parameters=shape.embed_parameters + (tokens - shape.patch_tokens) * shape.width,
         head_parameters=shape.head_parameters + known.classifiers * (classes - 1) * (shape.width + 1),
         largest_parameter=max(known.largest_other, positions, classes * shape.width),
+    )
+
+
+def check_image_size(name: str, image_px: int | None, patch_px: tuple[int, int]) -> None:
+    """Raises: UsageError for an image size that is no multiple of the patch, naming the nearest that are."""
+    if image_px is None or not any(image_px % side for side in patch_px):
+        return
+    lower = image_px // patch_px[0] * patch_px[0]
+    near = [str(size) for size in (lower, lower + patch_px[0]) if size]
+    raise UsageError(
+        f"--image-size {image_px} is no multiple of {name}'s patch size {patch_px[0]}. Try {' or '.join(near)}."
     )
 
 

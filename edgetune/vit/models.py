@@ -24,7 +24,8 @@ from torch import Tensor
 
 from edgetune.cost import ViTShape
 from edgetune.data import Preprocess, shown
-from edgetune.errors import EdgetuneError, UnknownModel, UnsupportedModel, UsageError, WeightsError
+from edgetune.errors import EdgetuneError, UnknownModel, UnsupportedModel, WeightsError
+from edgetune.shapes import check_image_size
 from edgetune.vit.loop import check_supported, shape_of
 
 MICRO_MODEL = "edgetune_micro"
@@ -62,7 +63,7 @@ def load_model(source: ModelSource, classes: int) -> LoadedModel:
     from_hub = source.pretrained and source.weights is None and folder is None
     kwargs = {"num_classes": classes}
     model = check_supported(_build(_timm_name(source.name), kwargs, source, from_hub), source.name)
-    _check_image_size(model, source)
+    check_image_size(source.name, source.image_px, model.patch_embed.patch_size)
     if _is_hub_name(source.name):
         from timm.models import load_model_config_from_hf
 
@@ -98,7 +99,7 @@ def build_meta(source: ModelSource, classes: int) -> tuple[VisionTransformer, Vi
     name, kwargs = _timm_name(source.name), {"num_classes": classes}
     with torch.device("meta"):
         model = check_supported(_build(name, kwargs, source, from_hub=False), source.name)
-    _check_image_size(model, source)
+    check_image_size(source.name, source.image_px, model.patch_embed.patch_size)
     return model, shape_of(model, source.name)
 
 
@@ -225,17 +226,6 @@ def _hub_errors_at_once(from_hub: bool) -> Iterator[None]:
     finally:
         hub.HF_HUB_OFFLINE = offline
         hub_logging.set_verbosity(verbosity)
-
-
-def _check_image_size(model: VisionTransformer, source: ModelSource) -> None:
-    patch_px = model.patch_embed.patch_size
-    if source.image_px is not None and any(source.image_px % side for side in patch_px):
-        lower = source.image_px // patch_px[0] * patch_px[0]
-        near = [str(size) for size in (lower, lower + patch_px[0]) if size]
-        raise UsageError(
-            f"--image-size {source.image_px} is no multiple of {source.name}'s patch size {patch_px[0]}. "
-            f"Try {' or '.join(near)}."
-        )
 
 
 def classifier_names(model: VisionTransformer) -> tuple[str, ...]:
