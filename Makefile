@@ -49,6 +49,8 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/memory_plan.py
+	$(BIN)/python benchmarks/allocators.py
+	$(BIN)/python benchmarks/cap.py
 	$(BIN)/python benchmarks/defaults.py
 
 clean:

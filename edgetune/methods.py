@@ -11,11 +11,13 @@ from edgetune import alast
 from edgetune.cost import Selection, ViTShape
 from edgetune.errors import UnsupportedModel, UsageError
 from edgetune.optim import OptimizerName
-from edgetune.planner import MethodSpace, Plan
+from edgetune.planner import EmbeddingsChoice, MethodSpace, Plan
 
 # K of N blocks a step where memory does not bind: the one known configuration of ALaST trains 9 of 12.
 DRAWN_SHARE = 0.75
 LAST_K_SHARE = 1 / 3
+# Whether the embeddings train under `full`, best first.
+EMBEDDINGS: dict[EmbeddingsChoice, tuple[bool, ...]] = {"auto": (True, False), "train": (True,), "freeze": (False,)}
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True):
@@ -31,22 +33,30 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method(name="full", learning_rate={"adamw": 3e-4, "momentum": 3e-3, "sgd": 3e-2}, help="every parameter"),
+        Method(
+            name="full",
+            learning_rate={"adamw": 3e-4, "momentum": 3e-3, "sgd": 3e-2, "adafactor": 1e-2},
+            help="every parameter",
+        ),
         Method(
             name="head",
-            learning_rate={"adamw": 3e-2, "momentum": 1e-1, "sgd": 3e-1},
+            learning_rate={"adamw": 3e-2, "momentum": 1e-1, "sgd": 3e-1, "adafactor": 3e-1},
             help="the classifier and the norm before it",
         ),
-        Method(name="last-k", learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1}, help="the last K blocks"),
+        Method(
+            name="last-k",
+            learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1, "adafactor": 3e-2},
+            help="the last K blocks",
+        ),
         Method(
             name="random-k",
-            learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1},
+            learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1, "adafactor": 3e-2},
             draws=True,
             help="K blocks drawn anew each step",
         ),
         Method(
             name="alast",
-            learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1},
+            learning_rate={"adamw": 1e-3, "momentum": 1e-2, "sgd": 1e-1, "adafactor": 3e-2},
             draws=True,
             prunes_tokens=True,
             help="K blocks drawn by budget, tokens pruned by attention (arXiv 2408.08670)",
@@ -75,13 +85,22 @@ def check_model(method: Method, shape: ViTShape, obstacle: str | None) -> None:
         )
 
 
-def space_of(method: Method, shape: ViTShape, *, trained_blocks: int | None, split_block: int | None) -> MethodSpace:
+def space_of(
+    method: Method,
+    shape: ViTShape,
+    *,
+    trained_blocks: int | None,
+    split_block: int | None,
+    embeddings: EmbeddingsChoice = "auto",
+) -> MethodSpace:
     """What the planner may choose from, most preferred first.
 
     Raises: UsageError if K or the split does not exist in this model, or the method has no use for it.
     """
     depth = shape.depth
     _check_options(method, depth, trained_blocks, split_block)
+    if embeddings == "train" and method.name != "full":
+        raise UsageError(f"--embeddings train: --method {method.name} leaves them frozen; --method full trains them.")
     if method.name == "full":
         splits: tuple[int, ...] = (0,)
         counts: dict[int, tuple[int, ...]] = {0: (depth,)}
@@ -101,7 +120,7 @@ def space_of(method: Method, shape: ViTShape, *, trained_blocks: int | None, spl
         name=method.name,
         splits=splits,
         trained_blocks=counts,
-        embeddings_train=method.name == "full",
+        embeddings=EMBEDDINGS[embeddings] if method.name == "full" else (False,),
         prunes_tokens=method.prunes_tokens,
         draws=method.draws,
     )

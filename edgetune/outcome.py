@@ -17,7 +17,6 @@ from edgetune.report import RunReport, verdict_line
 from edgetune.settings import RunSettings
 from edgetune.trainer import TrainingState
 
-ENFORCED_BY = "watched, not enforced"
 PACKAGES = ("edgetune", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")
 
 
@@ -32,6 +31,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     state: TrainingState
     peaks: MemoryPeaks
     backend: str
+    enforced_by: str
     stopped: str
     learning_rate: float
     steps_per_epoch: int
@@ -59,10 +59,11 @@ def make_report(outcome: Outcome) -> RunReport:
             device_peak_bytes=device_peak,
             cap_bytes=plan.cap_bytes,
             predicted_peak_bytes=plan.predicted_peak_bytes,
-            enforced_by=ENFORCED_BY,
+            enforced_by=outcome.enforced_by,
         ),
         within_cap=device_peak <= plan.cap_bytes,
-        enforced_by=ENFORCED_BY,
+        enforced_by=outcome.enforced_by,
+        tightenings=state.tightenings,
         cap_bytes=plan.cap_bytes,
         device_peak_bytes=device_peak,
         predicted_peak_bytes=plan.predicted_peak_bytes,

@@ -9,7 +9,7 @@ import msgspec
 
 from edgetune import system
 from edgetune.backends.base import Backend
-from edgetune.cost import ViTShape
+from edgetune.cost import FLOAT_BYTES, ViTShape
 from edgetune.data import DataFolder, Preprocess, bundled_sample, class_weights, default_cache_dir, open_folder
 from edgetune.errors import BackendUnavailable, UsageError
 from edgetune.judge import Judge, judge_for
@@ -25,7 +25,7 @@ from edgetune.trainer import Listener
 from edgetune.units import MIB
 
 if TYPE_CHECKING:
-    from edgetune.vit.models import LoadedModel
+    from edgetune.vit.models import LoadedModel, ModelSource
 
 # Of what is left for training, the share that decoding one image may take at the most.
 DECODE_SHARE = 1 / 3
@@ -41,6 +41,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     shape: ViTShape
     preprocess: Preprocess
     plan: Plan
+    request: PlanRequest
     decode_budget_bytes: int
     notes: tuple[str, ...]
 
@@ -59,9 +60,9 @@ def prepare(
 
     `stored_plan` is the run's own where it is resumed; with `replay` it is another run's.
     """
-    from edgetune.vit.models import ModelSource, describe
+    from edgetune.vit.models import describe, load_copies
 
-    source = ModelSource(name=settings.model, image_px=settings.image_px)
+    source = model_source(settings, pretrained=False)
     _, preprocess = describe(source, classes=2)
     left = judge.cap_bytes - judge.device_runtime_bytes
     if stored_plan is not None:
@@ -87,24 +88,35 @@ def prepare(
     )
     method = METHODS[settings.method]
     check_model(method, shape, adaptive_obstacle(shape))
+    request = PlanRequest(
+        shape=shape,
+        space=space_of(
+            method,
+            shape,
+            trained_blocks=settings.trained_blocks,
+            split_block=settings.split_block,
+            embeddings=settings.embeddings,
+        ),
+        batch_size=min(settings.batch_size, len(data.train.paths)),
+        optimizer=settings.optimizer,
+        cap_bytes=judge.cap_bytes,
+        runtime_bytes=judge.device_runtime_bytes,
+        token_floor=settings.token_floor,
+        token_ceiling=settings.token_ceiling,
+        accumulation=settings.accumulation,
+        recompute=settings.recompute,
+        updates_in_backward=settings.updates_in_backward,
+        keeps_state=settings.keeps_state,
+        half_frozen=settings.half_frozen,
+        decode_bytes=data.decode_peak_bytes,
+        load_copies=load_copies(model_source(settings, pretrained=settings.pretrained), shape.parameters * FLOAT_BYTES),
+        threads=threads_of(settings, profile),
+        peak_flops_per_s=profile.peak_flops_per_s,
+        memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
+    )
     plan = stored_plan
     if plan is None:
-        plan = make_plan(
-            PlanRequest(
-                shape=shape,
-                space=space_of(method, shape, trained_blocks=settings.trained_blocks, split_block=settings.split_block),
-                batch_size=min(settings.batch_size, len(data.train.paths)),
-                optimizer=settings.optimizer,
-                cap_bytes=judge.cap_bytes,
-                runtime_bytes=judge.device_runtime_bytes,
-                token_floor=settings.token_floor,
-                accumulation=settings.accumulation,
-                decode_bytes=data.decode_peak_bytes,
-                threads=threads_of(settings, profile),
-                peak_flops_per_s=profile.peak_flops_per_s,
-            ),
-            smaller_models=known_shapes(len(data.classes)),
-        )
+        plan = make_plan(request, smaller_models=known_shapes(len(data.classes)))
     elif len(plan.token_ceiling) != shape.depth or plan.token_ceiling[0] != shape.patch_tokens:
         raise UsageError(
             f"the plan is for {plan.model} ({len(plan.token_ceiling)} blocks, {plan.token_ceiling[0]} patch tokens), "
@@ -127,6 +139,7 @@ def prepare(
         shape=shape,
         preprocess=preprocess,
         plan=plan,
+        request=request,
         decode_budget_bytes=decode_budget,
         notes=tuple(notes),
     )
@@ -152,6 +165,7 @@ def warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) -
             f"fine-tuning needs torch, torchvision and timm ({error}). Install them with: pip install 'edgetune[torch]'"
         ) from error
     torch.set_num_threads(threads_of(settings, profile))
+    pytorch.without_onednn()
     pytorch.warm_up(OptimizerSettings(name=settings.optimizer))
     judge = judge_for(profile, settings.ram_cap_bytes, meter)
     meter.enter("")
@@ -162,18 +176,12 @@ def build(setup: Setup, meter: MemoryMeter, *, pretrained: bool) -> tuple[Loaded
     import torch
 
     from edgetune.backends.pytorch import TorchBackend
-    from edgetune.vit.models import ModelSource, load_model
+    from edgetune.vit.models import load_model
 
     settings, plan = setup.settings, setup.plan
     torch.set_num_threads(plan.threads)
     torch.manual_seed(settings.seed)  # the new head's weights
-    source = ModelSource(
-        name=settings.model,
-        weights=settings.weights if pretrained else None,
-        pretrained=pretrained,
-        image_px=settings.image_px,
-    )
-    loaded = load_model(source, len(setup.data.classes))
+    loaded = load_model(model_source(settings, pretrained=pretrained), len(setup.data.classes))
     backend = TorchBackend(
         loaded.model,
         OptimizerSettings(name=plan.optimizer, weight_decay=settings.weight_decay),
@@ -181,7 +189,20 @@ def build(setup: Setup, meter: MemoryMeter, *, pretrained: bool) -> tuple[Loaded
         label_smoothing=settings.label_smoothing,
         at_peak=meter.current,
     )
+    if plan.half_frozen:
+        backend.store_half(plan.split_block)
     return loaded, backend
+
+
+def model_source(settings: RunSettings, *, pretrained: bool) -> ModelSource:
+    from edgetune.vit.models import ModelSource
+
+    return ModelSource(
+        name=settings.model,
+        weights=settings.weights if pretrained else None,
+        pretrained=pretrained,
+        image_px=settings.image_px,
+    )
 
 
 def step_weights(setup: Setup) -> Any:
@@ -202,6 +223,14 @@ def settings_of_plan(settings: RunSettings, plan: Plan) -> RunSettings:
         optimizer=plan.optimizer,
         trained_blocks=None,
         split_block=None,
+        accumulation=None,
+        token_floor=None,
+        token_ceiling=None,
+        embeddings="auto",
+        recompute="auto",
+        updates_in_backward=None,
+        keeps_state=None,
+        half_frozen=plan.half_frozen,
         threads=plan.threads,
     )
 

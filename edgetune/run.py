@@ -11,7 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 import msgspec
@@ -22,9 +22,11 @@ from edgetune.backends.base import Backend
 from edgetune.checkpoint import create_run_folder, open_run_folder, write_atomically
 from edgetune.data import timm_augment
 from edgetune.errors import CapExceeded, EdgetuneError, Interrupted, RunFolderError
+from edgetune.guard import Guard, guarded
 from edgetune.memory import MemoryMeter
 from edgetune.methods import METHODS
 from edgetune.outcome import Outcome, make_report
+from edgetune.planner import Plan, tightened
 from edgetune.prepare import Setup, build, prepare, settings_of_plan, some, step_weights, warm_up
 from edgetune.report import RunReport, read_report, report_to_json
 from edgetune.settings import RunSettings, StoredRun
@@ -39,6 +41,7 @@ from edgetune.store import (
     read_stored,
     restore,
     trainable_space,
+    write_json,
     write_model,
     write_start,
 )
@@ -47,11 +50,13 @@ from edgetune.trainer import (
     Interruption,
     Job,
     Listener,
+    NoMemory,
     OverCap,
     TrainingState,
     stop_on_signals,
     train,
 )
+from edgetune.units import format_bytes
 
 
 def finetune(
@@ -70,17 +75,18 @@ def finetune(
         settings = settings_of_plan(settings, stored_plan)
     existed = output is not None and output.exists()
     path = create_run_folder(None, settings.model, profile.id, output)
-    with MemoryMeter() as meter, open_run_folder(path):
+    with MemoryMeter() as meter, open_run_folder(path), ExitStack() as stack:
         try:
             judge = warm_up(settings, profile, meter)
             setup = prepare(settings, judge, profile, meter, listener, stored_plan, replay=stored_plan is not None)
+            guard = stack.enter_context(guarded(settings.enforce, judge, meter))
             with meter.phase("load"):
                 backend, write_checkpoint = _load_new(setup, path, meter)
         except BaseException:
             _discard(path, keep=existed)
             raise
         standing = Standing(TrainingState(), write_checkpoint, ())
-        return _train_and_report(path, setup, backend, standing, meter, listener, began)
+        return _train_and_report(path, setup, backend, standing, guard, listener, began)
 
 
 def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunReport:
@@ -91,7 +97,7 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
     began = time.monotonic()
     stored = read_stored(path)  # before the lock, which would leave its file in a folder that is no run's
     _refuse_finished(path)
-    with MemoryMeter() as meter, open_run_folder(path):
+    with MemoryMeter() as meter, open_run_folder(path), ExitStack() as stack:
         settings = stored.settings if data is None else msgspec.structs.replace(stored.settings, data=data)
         profile = devices.find_device(settings.device)
         judge = warm_up(settings, profile, meter)
@@ -108,6 +114,7 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
                 f"{stored.val_images}, or others of the same number. Put them back, or start a new run: "
                 f"--model local-dir:{path} goes on from its weights."
             )
+        guard = stack.enter_context(guarded(settings.enforce, judge, meter))
         with meter.phase("load"):
             backend = build(setup, meter, pretrained=False)[1]
             standing = restore(path, setup.plan, backend)
@@ -117,7 +124,7 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
         listener.note(f"going on from step {step}")
         notes = (*standing.notes, f"resumed at step {step}: this host's memory figures are of the part after it")
         standing = standing._replace(notes=notes)
-        return _train_and_report(path, setup, backend, standing, meter, listener, began)
+        return _train_and_report(path, setup, backend, standing, guard, listener, began)
 
 
 def _load_new(setup: Setup, path: Path, meter: MemoryMeter) -> tuple[Backend, Callable[[TrainingState], None]]:
@@ -144,12 +151,12 @@ def _train_and_report(
     setup: Setup,
     backend: Backend,
     standing: Standing,
-    meter: MemoryMeter,
+    guard: Guard,
     listener: Listener,
     began: float,
 ) -> RunReport:
     """Run the loop and leave a complete folder whatever ends it; then say what ended it."""
-    settings, plan, state = setup.settings, setup.plan, standing.state
+    settings, plan, state, meter = setup.settings, setup.plan, standing.state, guard.meter
     method = METHODS[settings.method]
     rate = settings.learning_rate or method.learning_rate[plan.optimizer]
     logged = LoggedListener(listener, path / METRICS_FILE, state)
@@ -169,7 +176,22 @@ def _train_and_report(
         with meter.phase("save"):
             write_model(path, backend)
 
-    backend.reserve(trainable_space(plan))
+    def follow(tighter: Plan, reason: str) -> None:
+        """From now on this plan holds, also for a run resumed later."""
+        if tighter.half_frozen:
+            backend.store_half(tighter.split_block)
+        if tighter.keeps_state:
+            backend.reserve(trainable_space(tighter))
+        write_json(path / PLAN_FILE, tighter)
+        said = (
+            f"step {state.step + 1}: memory ran out ({reason}); done again, with the same images, under a tighter plan "
+            f"of {format_bytes(tighter.predicted_peak_bytes)}: {tighter.explanation[2].removeprefix('chosen: ')}"
+        )
+        state.tightenings = (*state.tightenings, said)
+        logged.note(said)
+
+    if plan.keeps_state:
+        backend.reserve(trainable_space(plan))
     job = Job(
         settings=settings,
         method=method,
@@ -187,6 +209,10 @@ def _train_and_report(
         keep_best=save_best,
         enter_phase=meter.enter,
         memory_bytes=lambda: setup.judge.device_peak_bytes(meter.peaks()),
+        shortage=guard.shortage,
+        is_out_of_memory=lambda error: guard.is_out_of_memory(error, job.plan),
+        tighten=lambda current: tightened(setup.request, current),
+        tightened=follow,
         decode_budget_bytes=setup.decode_budget_bytes,
         state=state,
     )
@@ -203,13 +229,14 @@ def _train_and_report(
             )
         except OverCap:
             stopped = "over the cap"
-        except (MemoryError, RuntimeError) as failure:
-            if not _is_out_of_memory(failure):
-                raise
+        except NoMemory as failure:
             stopped = "out of memory"
+            guard.lift()
+            with suppress(EdgetuneError):
+                save_checkpoint(state)
             error = CapExceeded(
-                f"memory ran out at step {state.step} ({str(failure).splitlines()[0] if str(failure) else 'MemoryError'}). "
-                f"{path} is complete up to its last checkpoint; try a lower --ram-cap, under which less is planned."
+                f"memory ran out at step {state.step + 1}, under tighter plans too ({failure}). {path} is complete up to "
+                f"step {state.step}. With more memory free, go on with: {_resume_command(path)}"
             )
         except Diverged:
             stopped = "diverged"
@@ -236,10 +263,11 @@ def _train_and_report(
         judge=setup.judge,
         data=setup.data,
         shape=setup.shape,
-        plan=plan,
+        plan=job.plan,
         state=state,
         peaks=meter.stop(),
         backend=backend.name,
+        enforced_by=guard.limit.description,
         stopped=stopped,
         learning_rate=rate,
         steps_per_epoch=job.steps_per_epoch,
@@ -275,12 +303,6 @@ def _refuse_finished(path: Path) -> None:
             f"the run in {path} is finished ({report.steps} steps): there is nothing to resume. "
             f"To train its model further: edgetune finetune --model local-dir:{path}"
         )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Allocators say it in many words; these are those of numpy, torch's CPU allocator, the C++ library and oneDNN."""
-    words = ("can't allocate memory", "not enough memory", "bad_alloc", "out of memory", "could not create a primitive")
-    return isinstance(error, MemoryError) or any(word in str(error) for word in words)
 
 
 def _discard(path: Path, *, keep: bool) -> None:

@@ -8,9 +8,11 @@ import msgspec
 
 from edgetune.alast import AlastSettings
 from edgetune.data import Preprocess
+from edgetune.enforce import EnforceKind
 from edgetune.errors import UsageError
 from edgetune.methods import METHODS
 from edgetune.optim import OptimizerName
+from edgetune.planner import EmbeddingsChoice, RecomputeChoice
 
 Augment = Literal["none", "timm"]
 
@@ -39,6 +41,13 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     trained_blocks: int | None = None
     split_block: int | None = None
     token_floor: float | None = None
+    token_ceiling: float | None = None
+    embeddings: EmbeddingsChoice = "auto"
+    recompute: RecomputeChoice = "auto"
+    updates_in_backward: bool | None = None
+    keeps_state: bool | None = None
+    half_frozen: bool = False
+    enforce: EnforceKind = "auto"
     hflip: float = 0.0
     augment: bool = False
     balanced_class_weights: bool = False
@@ -85,6 +94,7 @@ def check(settings: RunSettings) -> None:
         ("--initial-budget", settings.alast.initial_budget, 0.01, 1.0),
         ("--alpha", settings.alast.alpha, 0.0, 1e9),
         ("--token-floor", settings.token_floor, 0.01, 1.0),
+        ("--token-ceiling", settings.token_ceiling, 0.01, 1.0),
     )
     for flag, value, least, most in limits:
         # `not least <= value` also catches NaN.
@@ -94,10 +104,15 @@ def check(settings: RunSettings) -> None:
         raise UsageError("--lr must be above 0.")
     if settings.method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {settings.method!r}.")
-    if settings.method != "alast" and (settings.alast != AlastSettings() or settings.token_floor is not None):
+    shares = (settings.token_floor, settings.token_ceiling)
+    if settings.method != "alast" and (settings.alast != AlastSettings() or shares != (None, None)):
         raise UsageError(
-            "--token-floor, --alpha, --initial-budget, --layer-choice and --token-share belong to --method alast, "
+            "--token-floor, --token-ceiling, --alpha, --initial-budget, --layer-choice and --token-share belong to --method alast, "
             f"not to {settings.method}."
+        )
+    if settings.keeps_state is False and not METHODS[settings.method].draws:
+        raise UsageError(
+            f"--optimizer-state evict: --method {settings.method} trains the same blocks in every step, so no state is left behind."
         )
     if settings.weights is not None and not settings.pretrained:
         raise UsageError("--weights and --no-pretrained contradict each other: leave one of them out.")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -34,7 +34,7 @@ from edgetune.cost import Selection
 from edgetune.data import DataFolder
 from edgetune.errors import RunFolderError, UsageError
 from edgetune.methods import METHODS, Method
-from edgetune.planner import Plan
+from edgetune.planner import PLAN_FORMAT_VERSION, Plan
 from edgetune.report import MetricsLog, Scores
 from edgetune.settings import StoredRun, check
 from edgetune.trainer import Listener, StepEvent, TrainingState
@@ -59,7 +59,7 @@ def write_start(
     write_json(folder / CONFIG_FILE, timm_config)
     labels = "".join(f"{name}\n" for name in stored.classes)
     write_atomically(folder / LABELS_FILE, labels.encode("utf-8", "surrogateescape"))
-    base_sha256 = save_base(folder, dict(backend.model_tensors()))
+    base_sha256 = save_base(folder, backend.model_tensors())
     write = checkpoint_writer(folder, plan, backend, stored.settings.seed, base_sha256)
     write(TrainingState())
     return write
@@ -67,17 +67,21 @@ def write_start(
 
 def write_model(folder: Path, backend: Backend) -> None:
     """model.safetensors as plain timm loads it."""
-    save_tensors(folder / MODEL_FILE, dict(backend.model_tensors()), {"format": "pt"})
+    save_tensors(folder / MODEL_FILE, backend.model_tensors(), {"format": "pt"})
 
 
 def checkpoint_writer(
-    folder: Path, plan: Plan, backend: Backend, seed: int, base_sha256: str
+    folder: Path, plan: Plan, backend: Backend, seed: int, base_sha256: str, changed: Iterable[str] = ()
 ) -> Callable[[TrainingState], None]:
-    """A function that saves what training may have changed, its optimizer state, and where the run stands."""
-    names = backend.trained_names(trainable_space(plan))
+    """A function that saves what training may have changed, its optimizer state, and where the run stands.
+
+    `changed`: what an earlier part of the run changed, which a tighter plan may train no longer.
+    """
+    names = backend.trained_names(trainable_space(plan)) | set(changed)
 
     def write(state: TrainingState) -> None:
-        tensors = {MODEL_PREFIX + name: array for name, array in backend.model_tensors() if name in names}
+        model = backend.model_tensors()
+        tensors = {MODEL_PREFIX + name: model[name] for name in model if name in names}
         tensors |= {OPTIMIZER_PREFIX + name: array for name, array in backend.optimizer_tensors()}
         checkpoint = Checkpoint(
             step=state.step,
@@ -116,18 +120,18 @@ def restore(folder: Path, plan: Plan, backend: Backend) -> Standing:
     try:
         for name, array in read_base(folder, checkpoint.base_sha256):
             backend.restore({name: array}, {}, {})
-        backend.restore(
-            dict(_prefixed(tensors, MODEL_PREFIX)),
-            dict(_prefixed(tensors, OPTIMIZER_PREFIX)),
-            checkpoint.optimizer.steps,
-        )
+            del array  # before the next one is read
+        trained = _Part(tensors, MODEL_PREFIX)
+        for name in trained:
+            backend.restore({name: trained[name]}, {}, {})
+        backend.restore({}, _Part(tensors, OPTIMIZER_PREFIX), checkpoint.optimizer.steps)
     except (KeyError, RuntimeError) as error:  # a tensor that the model lacks, or has in another shape
         raise RunFolderError(f"the checkpoint in {folder} does not belong to the run's model: {error}.") from error
     try:
         state = msgspec.convert(checkpoint.training, TrainingState)
     except msgspec.ValidationError as error:
         raise RunFolderError(f"the checkpoint in {folder} is of another version of edgetune: {error}.") from error
-    write = checkpoint_writer(folder, plan, backend, checkpoint.seed, checkpoint.base_sha256)
+    write = checkpoint_writer(folder, plan, backend, checkpoint.seed, checkpoint.base_sha256, trained)
     return Standing(state, write, notes)
 
 
@@ -202,8 +206,8 @@ def read_plan(path: Path) -> Plan:
         ("runtime_bytes", plan.runtime_bytes, 0, 2**62),
     )
     wrong = [f"{name} is {value}" for name, value, least, most in limits if not least <= value <= most]
-    if plan.format_version != 1:
-        wrong.append(f"format_version is {plan.format_version}, this edgetune's is 1")
+    if plan.format_version != PLAN_FORMAT_VERSION:
+        wrong.append(f"format_version is {plan.format_version}, this edgetune's is {PLAN_FORMAT_VERSION}")
     method = METHODS.get(plan.method)
     if method is None:
         wrong.append(f"method is {plan.method!r}")
@@ -221,10 +225,13 @@ def read_plan(path: Path) -> Plan:
 def _contradictions(plan: Plan, method: Method) -> list[str]:
     """Where a plan's fields do not go together."""
     depth = len(plan.token_ceiling)
-    ever = depth - plan.split_block if plan.draws else plan.trained_blocks
+    ever = depth - plan.split_block if plan.draws and plan.keeps_state else plan.trained_blocks
     claims = {
         "draws": (plan.draws, method.draws),
-        "embeddings_train": (plan.embeddings_train, plan.method == "full"),
+        "embeddings_train": (plan.embeddings_train, plan.method == "full" and plan.embeddings_train),
+        "recompute levels": (len(plan.recompute), depth),
+        "updates_in_backward": (plan.updates_in_backward, plan.updates_in_backward and plan.accumulation == 1),
+        "keeps_state": (plan.keeps_state, plan.keeps_state or not plan.draws),
         "ever_trained_blocks": (plan.ever_trained_blocks, ever),
         "accumulation": (plan.accumulation, -(-plan.batch_size // max(1, plan.micro_batch))),
     }
@@ -266,7 +273,17 @@ def write_json(path: Path, value: object) -> None:
     write_atomically(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")
 
 
-def _prefixed(tensors: Mapping[str, Array], prefix: str) -> Iterator[tuple[str, Array]]:
-    for name, array in tensors.items():
-        if name.startswith(prefix):
-            yield name.removeprefix(prefix), array
+class _Part(Mapping[str, Array]):
+    """The tensors whose names start with a prefix, without it; each is read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Array], prefix: str) -> None:
+        self._tensors, self._prefix = tensors, prefix
+
+    def __getitem__(self, name: str) -> Array:
+        return self._tensors[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._tensors if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 import psutil  # type: ignore[import-untyped]
@@ -63,17 +63,20 @@ def total_ram_bytes(root: Path = ROOT) -> int:
     return total if limit is None else min(total, limit)
 
 
-def available_ram_bytes(root: Path = ROOT) -> int:
-    """RAM this process can take now without swapping: `MemAvailable`, bounded by what each cgroup above it has left."""
+def available_ram_bytes(root: Path = ROOT, cgroups: Iterable[Path] | None = None) -> int:
+    """RAM this process can take now without swapping: `MemAvailable`, bounded by what each cgroup above it has left.
+
+    `cgroups`: those to look at, as `limited_cgroups` found them before; to find them takes most of the time.
+    """
     info = meminfo(root)
     available = info.get("MemAvailable", info.get("MemFree"))
     if available is None:
         available = int(psutil.virtual_memory().available)
-    _, left = cgroup_memory(root)
+    _, left = cgroup_memory(root, cgroups)
     return available if left is None else min(available, left)
 
 
-def cgroup_memory(root: Path = ROOT) -> tuple[int | None, int | None]:
+def cgroup_memory(root: Path = ROOT, cgroups: Iterable[Path] | None = None) -> tuple[int | None, int | None]:
     """(the tightest limit, the least left under one) in bytes over all cgroups this process is in, v1 and v2.
 
     What is left counts inactive page cache as free: the kernel drops it first. `memory.high` counts as a limit: above
@@ -81,7 +84,7 @@ def cgroup_memory(root: Path = ROOT) -> tuple[int | None, int | None]:
     """
     limits: list[int] = []
     left: list[int] = []
-    for folder in _cgroup_folders("memory", root):
+    for folder in _cgroup_folders("memory", root) if cgroups is None else cgroups:
         stat = _stat_file(folder / "memory.stat")
         bounds = [_number(folder / name) for name in ("memory.max", "memory.high", "memory.limit_in_bytes")]
         # v1 repeats the tightest limit above even where a container can't see the folders above.
@@ -94,6 +97,33 @@ def cgroup_memory(root: Path = ROOT) -> tuple[int | None, int | None]:
         limits.append(limit)
         left.append(max(0, limit - max(0, used - cache)))
     return min(limits, default=None), min(left, default=None)
+
+
+def limited_cgroups(root: Path = ROOT) -> tuple[Path, ...]:
+    """The cgroups above this process that limit its memory now, innermost first."""
+    return tuple(folder for folder in _cgroup_folders("memory", root) if cgroup_memory(root, [folder])[0] is not None)
+
+
+def cgroup_hard_limit(root: Path = ROOT) -> tuple[Path, int] | None:
+    """(file, bytes) of the tightest limit above this process that the kernel kills for; None where there is none."""
+    limits = [
+        (size, folder / name)
+        for folder in _cgroup_folders("memory", root)
+        for name in ("memory.max", "memory.limit_in_bytes")
+        if (size := _number(folder / name)) is not None and size < _NO_LIMIT_BYTES
+    ]
+    return next(((path, size) for size, path in sorted(limits)), None)
+
+
+def own_cgroup2(root: Path = ROOT) -> Path | None:
+    """The folder of this process's own cgroup in the v2 hierarchy; None where it isn't in sight."""
+    path = _own_cgroups(root).get("")
+    for controllers, mount_root, mount_point in _cgroup_mounts(root):
+        if not controllers and path is not None and ".." not in path.split("/"):
+            inner = _below(path, mount_root)
+            if inner is not None:
+                return root / mount_point.lstrip("/") / inner
+    return None
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:

@@ -6,6 +6,7 @@ resumed from a checkpoint goes on exactly as the run that was never stopped.
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 import threading
@@ -14,24 +15,28 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
+from traceback import clear_frames
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from edgetune import alast, cost
-from edgetune.backends.base import Backend, Images, Labels
+from edgetune.backends.base import Backend, Images, Labels, StepResult
 from edgetune.cost import ViTShape
 from edgetune.data import ImageSet, Preprocess, Transform, epoch_order, load_batch, prefetch
-from edgetune.methods import Method, proposer
+from edgetune.errors import DoesNotFit
+from edgetune.methods import Method, Proposer, proposer
 from edgetune.planner import Plan, fit
 from edgetune.report import Scores, Tally, is_better
 from edgetune.settings import RunSettings
 
 # A loss that is no number this many steps in a row won't become one again: the weights do not change meanwhile.
 MAX_LOST_STEPS = 3
+# Tighter plans that one step is tried under when memory runs out, before the run ends.
+MAX_TIGHTENINGS = 3
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 MicroBatch = tuple[Images, Labels]
 
@@ -46,6 +51,10 @@ class Diverged(Exception):
 
 class OverCap(Exception):
     """The measured peak passed the cap."""
+
+
+class NoMemory(Exception):
+    """Memory ran out, and went on doing so under tighter plans."""
 
 
 class TrainingState(msgspec.Struct):
@@ -68,6 +77,7 @@ class TrainingState(msgspec.Struct):
     best: Scores | None = None
     before: Scores | None = None
     alast: alast.AlastState | None = None
+    tightenings: tuple[str, ...] = ()
 
 
 class StepEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +127,12 @@ class Job:
     keep_best: Callable[[], None]
     memory_bytes: Callable[[], int]  # the judged peak: of the device where one is simulated, else of this process
     enter_phase: Callable[[str], None]
+    # What to do about memory: a sentence if too little is left for a step under this plan, whether an error says that it
+    # ran out, a tighter plan (DoesNotFit if there is none), and who is told of it.
+    shortage: Callable[[Plan], str | None] = lambda _plan: None
+    is_out_of_memory: Callable[[BaseException], bool] = lambda error: isinstance(error, MemoryError)
+    tighten: Callable[[Plan], Plan] | None = None
+    tightened: Callable[[Plan, str], None] = lambda _plan, _reason: None
     decode_budget_bytes: int | None = None
     state: TrainingState = field(default_factory=TrainingState)
     stop: threading.Event = field(default_factory=threading.Event)
@@ -145,14 +161,13 @@ def train(job: Job) -> None:
     if job.method.prunes_tokens and state.alast is None:
         state.alast = alast.initial_state(job.shape.depth, plan.token_floor, job.settings.alast)
     propose = proposer(job.method, plan, state.alast, job.settings.alast)
-    with closing(_micro_batches(job)) as batches:
+    with closing(_Source(job)) as source:
         while True:
             if _evaluation_due(job) and state.evaluated_step != state.step:
                 _evaluate_and_keep(job)
             if state.step == job.total_steps:
                 return
-            selection = fit(propose(alast.step_rng(job.settings.seed, state.step)), plan)
-            _one_step(job, selection, batches)
+            _one_step(job, propose, source)
             every = job.settings.checkpoint_every
             if job.stop.is_set():
                 job.checkpoint(state)
@@ -161,22 +176,68 @@ def train(job: Job) -> None:
                 job.checkpoint(state)
 
 
-def _one_step(job: Job, selection: cost.Selection, batches: Iterator[MicroBatch]) -> None:
-    state, plan = job.state, job.plan
+T = TypeVar("T")
+
+
+def _within_memory(job: Job, work: Callable[[], T], give_back: Callable[[], None], *, check: bool) -> T:
+    """`work`, tried again under a tighter plan when memory runs out, or when too little is left to begin.
+
+    `give_back` lets go of what the failed attempt left. A failed attempt leaves nothing: the same images are seen with
+    the same randomness, so that no sample is lost and the order stays.
+
+    Raises: NoMemory if there is no tighter plan, or MAX_TIGHTENINGS of them did not help.
+    """
+    for attempt in range(MAX_TIGHTENINGS + 1):
+        reason = job.shortage(job.plan) if check else None
+        if reason is None:
+            try:
+                return work()
+            except Exception as error:
+                if not job.is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+                # The frames of what failed hold its tensors.
+                clear_frames(error.__traceback__)
+                error.__traceback__ = None
+        give_back()
+        gc.collect()
+        if attempt == MAX_TIGHTENINGS or job.tighten is None:
+            break
+        try:
+            job.plan = job.tighten(job.plan)
+        except DoesNotFit:
+            break
+        job.tightened(job.plan, reason)
+    raise NoMemory(reason)
+
+
+def _one_step(job: Job, propose: Proposer, source: _Source) -> None:
+    state = job.state
     indices = _step_indices(job, state.step)
     images = len(indices)
     learning_rate = rate_at(state.step, job)
+    weight_sum = _weight_sum(job, indices)
+
+    def attempt() -> tuple[cost.Selection, StepResult]:
+        selection = fit(propose(alast.step_rng(job.settings.seed, state.step)), job.plan)
+        result = job.backend.step(
+            islice(source.batches(), -(-images // job.plan.micro_batch)),
+            selection,
+            images=images,
+            weight_sum=weight_sum,
+            learning_rate=learning_rate,
+            seed=_step_seed(job.settings.seed, state.step),
+            with_deltas=state.alast is not None,
+            # The last step of an epoch may be cut into fewer parts than the plan's, never into more.
+            updates_in_backward=job.plan.updates_in_backward,
+            keeps_state=job.plan.keeps_state,
+        )
+        return selection, result
+
     began = time.monotonic()
-    result = job.backend.step(
-        islice(batches, -(-images // plan.micro_batch)),
-        selection,
-        images=images,
-        weight_sum=_weight_sum(job, indices),
-        learning_rate=learning_rate,
-        seed=_step_seed(job.settings.seed, state.step),
-        with_deltas=state.alast is not None,
-    )
+    selection, result = _within_memory(job, attempt, source.close, check=True)
     seconds = time.monotonic() - began
+    plan = job.plan
     if state.alast is not None and result.class_token_deltas is not None and result.updated:
         # The mean over the batch instead of the sum: alpha carries the batch size, so a short last batch moves nothing.
         alpha = job.settings.alast.alpha
@@ -193,8 +254,16 @@ def _one_step(job: Job, selection: cost.Selection, batches: Iterator[MicroBatch]
         state.epoch_loss_sum += result.loss * images
         state.epoch_correct += result.correct
         state.epoch_images += images
-    seen = max(1, state.epoch_images)
-    left = (job.total_steps - state.step) * state.train_seconds / state.step
+    _tell(job, selection, result, learning_rate, share, seconds)
+    if state.lost_steps >= MAX_LOST_STEPS:
+        raise Diverged
+
+
+def _tell(
+    job: Job, selection: cost.Selection, result: StepResult, learning_rate: float, share: float, seconds: float
+) -> None:
+    """Tell the listener of a step, and end the run if its memory passed the cap."""
+    state, plan = job.state, job.plan
     memory_bytes = job.memory_bytes()
     state.device_peak_bytes = max(state.device_peak_bytes, memory_bytes)
     job.listener.step(
@@ -203,7 +272,7 @@ def _one_step(job: Job, selection: cost.Selection, batches: Iterator[MicroBatch]
             total_steps=job.total_steps,
             epoch=state.step / job.steps_per_epoch,
             loss=result.loss,
-            train_accuracy=state.epoch_correct / seen,
+            train_accuracy=state.epoch_correct / max(1, state.epoch_images),
             learning_rate=learning_rate,
             images_per_second=state.images / max(state.train_seconds, 1e-9),
             token_share=share,
@@ -211,14 +280,12 @@ def _one_step(job: Job, selection: cost.Selection, batches: Iterator[MicroBatch]
             memory_bytes=memory_bytes,
             cap_bytes=plan.cap_bytes,
             seconds=seconds,
-            eta_seconds=left,
+            eta_seconds=(job.total_steps - state.step) * state.train_seconds / state.step,
         )
     )
     if memory_bytes > plan.cap_bytes:
         job.checkpoint(state)
         raise OverCap
-    if state.lost_steps >= MAX_LOST_STEPS:
-        raise Diverged
 
 
 def _evaluation_due(job: Job) -> bool:
@@ -255,9 +322,16 @@ def _better(scores: Scores, best: Scores, *, balanced: bool) -> bool:
 
 
 def evaluate(job: Job, images: ImageSet) -> Scores:
-    """Accuracy and loss on all tokens. Raises: Interruption between batches, if a stop was asked for."""
+    """Accuracy and loss on all tokens. Raises: Interruption between batches, if a stop was asked for; NoMemory."""
     began = time.monotonic()
     job.enter_phase("evaluate")
+    scores = _within_memory(job, lambda: _evaluate(job, images), lambda: None, check=False)
+    job.enter_phase("train")
+    job.state.eval_seconds += time.monotonic() - began
+    return scores
+
+
+def _evaluate(job: Job, images: ImageSet) -> Scores:
     tally = Tally(job.classes)
     size = job.plan.evaluation_batch
     total = len(images.paths)
@@ -279,8 +353,6 @@ def evaluate(job: Job, images: ImageSet) -> Scores:
                 raise Interruption
             tally.add(job.backend.evaluate(inputs), labels)
             job.listener.progress("evaluate", min((number + 1) * size, total), total)
-    job.enter_phase("train")
-    job.state.eval_seconds += time.monotonic() - began
     return tally.scores()
 
 
@@ -298,6 +370,24 @@ def _step_indices(job: Job, step: int) -> npt.NDArray[np.int64]:
     epoch, place = divmod(step, job.steps_per_epoch)
     order = epoch_order(len(job.train_images.paths), job.settings.seed, epoch)
     return order[place * job.plan.batch_size : (place + 1) * job.plan.batch_size]
+
+
+class _Source:
+    """The micro-batches of the run from its current step on; closed, it begins there anew, cut as the plan then says."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._batches: Generator[MicroBatch, None, None] | None = None
+
+    def batches(self) -> Generator[MicroBatch, None, None]:
+        if self._batches is None:
+            self._batches = _micro_batches(self._job)
+        return self._batches
+
+    def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
 
 def _micro_batches(job: Job) -> Generator[MicroBatch, None, None]:

@@ -50,6 +50,8 @@ class FakeBackend:
         learning_rate: float,
         seed: int,
         with_deltas: bool,
+        updates_in_backward: bool = False,
+        keeps_state: bool = True,
     ) -> StepResult:
         gradient, loss, correct, sizes = np.zeros_like(self.weight), 0.0, 0, []
         for inputs, labels in micro_batches:
@@ -74,13 +76,15 @@ class FakeBackend:
     def evaluate(self, inputs: Images) -> Array:
         return inputs.reshape(len(inputs), -1) @ self.weight
 
-    def model_tensors(self) -> Iterator[tuple[str, Array]]:
-        yield "head.weight", self.weight
+    def model_tensors(self) -> Mapping[str, Array]:
+        return {"head.weight": self.weight}
 
     def trained_names(self, selection_space: Selection) -> set[str]:
         return {"head.weight"}
 
     def reserve(self, space: Selection) -> None: ...
+
+    def store_half(self, blocks: int) -> None: ...
 
     def optimizer_tensors(self) -> Iterator[tuple[str, Array]]:
         yield from ()

@@ -24,12 +24,13 @@ ARROWS: dict[str, set[str]] = {
     "allocator": {"units"},
     "process": {"system", "units"},
     "memory": {"allocator", "process", "system", "units"},
+    "enforce": {"errors", "process", "system", "units"},
     # Devices.
     "profiles": {"errors", "units"},
     "detect": {"system", "units"},
     "devices": {"detect", "errors", "profiles", "system", "units"},
     # The arithmetic core.
-    "cost": {"errors", "units"},
+    "cost": {"errors", "optim", "units"},
     "alast": {"cost", "errors"},
     "optim": {"errors"},
     "planner": {"cost", "errors", "optim", "units"},
@@ -41,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "report": {"checkpoint", "data", "errors", "units"},
     "settings": {"alast", "data", "errors", "methods", "optim"},
     # What knows torch.
-    "vit": {"cost", "data", "errors", "shapes"},
+    "vit": {"checkpoint", "cost", "data", "errors", "shapes"},
     "backends": {"cost", "errors", "optim", "vit"},
     # A run.
     "trainer": {"alast", "backends", "cost", "data", "errors", "methods", "planner", "report", "settings"},

@@ -70,7 +70,7 @@ def _step(
 
 
 def _values(backend: TorchBackend) -> dict[str, np.ndarray]:
-    return {name: np.array(value) for name, value in backend.model_tensors()}
+    return {name: np.array(value) for name, value in backend.model_tensors().items()}
 
 
 def _changed(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> set[str]:
@@ -238,7 +238,7 @@ def test_part_of_the_values_can_be_restored_alone() -> None:
 def test_what_a_checkpoint_asks_for_is_named_as_timm_names_it() -> None:
     backend = _backend("adamw")
     _step(backend, Selection((False, False, False, True), (16,) * 4))
-    assert [name for name, _ in backend.model_tensors()] == list(backend.model.state_dict())
+    assert list(backend.model_tensors()) == list(backend.model.state_dict())
     trained = {name for name in dict(backend.model.named_parameters()) if region_of(name) in (3, "head")}
     assert {name for name, _ in backend.optimizer_tensors()} == {
         f"{name}|{key}" for name in trained for key in STATE_KEYS["adamw"]

@@ -47,16 +47,23 @@ class Backend(Protocol):
         learning_rate: float,
         seed: int,
         with_deltas: bool,
+        updates_in_backward: bool = False,
+        keeps_state: bool = True,
     ) -> StepResult:
-        """One optimizer step over `images` images, whose class weights add up to `weight_sum`."""
+        """One optimizer step over `images` images, whose class weights add up to `weight_sum`.
+
+        `updates_in_backward`: no gradient outlives its use (one micro-batch only). `keeps_state`: False drops the
+        optimizer state of what this step does not train. If memory runs out the error comes through, and nothing of the
+        step stays but whole updates of weights, which the next call with the same step leaves alone.
+        """
         ...
 
     def evaluate(self, inputs: Images) -> Array:
         """Logits (B, classes) on all tokens, in eval mode; nothing of the training state changes."""
         ...
 
-    def model_tensors(self) -> Iterator[tuple[str, Array]]:
-        """Every parameter and buffer by timm's name, one at a time."""
+    def model_tensors(self) -> Mapping[str, Array]:
+        """Every parameter and buffer by timm's name, float32; an array may be made when it is asked for."""
         ...
 
     def trained_names(self, selection_space: Selection) -> set[str]:
@@ -64,7 +71,14 @@ class Backend(Protocol):
         ...
 
     def reserve(self, space: Selection) -> None:
-        """Make the optimizer state of everything that may ever train, so that memory does not grow step by step."""
+        """Make the optimizer state of everything that may ever train, so that memory does not grow step by step.
+
+        State of what may train no longer goes.
+        """
+        ...
+
+    def store_half(self, blocks: int) -> None:
+        """Store the weights of the lowest `blocks` blocks, which never train, as bfloat16."""
         ...
 
     def optimizer_tensors(self) -> Iterator[tuple[str, Array]]: ...

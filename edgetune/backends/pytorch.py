@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from edgetune.backends.base import Array, Images, Labels, StepResult
 from edgetune.cost import Selection, all_tokens_kept
-from edgetune.optim import Optimizer, OptimizerSettings
+from edgetune.optim import Optimizer, OptimizerSettings, state_shapes
+from edgetune.vit.half import store_half
 from edgetune.vit.loop import apply_selection, forward, region_of, shape_of, trains
 
 
@@ -50,35 +52,52 @@ class TorchBackend:
         learning_rate: float,
         seed: int,
         with_deltas: bool,
+        updates_in_backward: bool = False,
+        keeps_state: bool = True,
     ) -> StepResult:
         self._select(selection)
+        trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
+        if not keeps_state:
+            self.optimizer.evict({name for name, _ in trained})
+            self.optimizer.reserve(trained)
         # Dropout and drop path draw from a function of (seed, step), so a resumed run draws the same.
         torch.manual_seed(seed)
         loss_sum, correct = 0.0, 0
         deltas = [0.0] * selection.depth
+        updating = _UpdatesInBackward(self.optimizer, trained, learning_rate) if updates_in_backward else None
         finite = True
-        for inputs, labels in micro_batches:
-            target = torch.from_numpy(labels)
-            logits, batch_deltas = forward(self.model, torch.from_numpy(inputs), selection, with_deltas=with_deltas)
-            loss = self._loss_sum(logits, target) / weight_sum
-            value = loss.item()
-            if not math.isfinite(value):
-                finite = False
-                break
-            if self._at_peak is not None:
-                self._at_peak()
-            loss.backward()  # type: ignore[no-untyped-call]
-            loss_sum += value
-            correct += int((logits.detach().argmax(dim=1) == target).sum())
-            share = len(labels) / images
-            for block, delta in enumerate(batch_deltas):
-                deltas[block] += delta.item() * share
-        finite = finite and self._gradients_are_finite()
-        if finite:
-            with torch.no_grad():
-                self.optimizer.step(self.model.named_parameters(), learning_rate)
-        for parameter in self.model.parameters():
-            parameter.grad = None
+        try:
+            for inputs, labels in micro_batches:
+                target = torch.from_numpy(labels)
+                logits, batch_deltas = forward(self.model, torch.from_numpy(inputs), selection, with_deltas=with_deltas)
+                loss = self._loss_sum(logits, target) / weight_sum
+                value = loss.item()
+                if not math.isfinite(value):
+                    finite = False
+                    break
+                correct += int((logits.detach().argmax(dim=1) == target).sum())
+                del logits
+                if self._at_peak is not None:
+                    self._at_peak()
+                loss.backward()  # type: ignore[no-untyped-call]
+                loss_sum += value
+                share = len(labels) / images
+                for block, delta in enumerate(batch_deltas):
+                    deltas[block] += delta.item() * share
+            if updating is not None:
+                finite = finite and updating.finite
+            else:
+                finite = finite and self._gradients_are_finite()
+                if finite:
+                    with torch.no_grad():
+                        self.optimizer.step(trained, learning_rate)
+            self.optimizer.finish()
+        finally:
+            # Also when memory ran out: nothing of the step may stay, so that it can be tried again with less.
+            if updating is not None:
+                updating.end()
+            for _, parameter in trained:
+                parameter.grad = None
         return StepResult(
             loss=loss_sum if finite else math.nan,
             correct=correct,
@@ -104,7 +123,7 @@ class TorchBackend:
         )
 
     def _select(self, selection: Selection) -> None:
-        wanted = (selection.trains, selection.embeddings_train)
+        wanted = (selection.trains, selection.embeddings_train)  # what is recomputed changes no flag
         if wanted != self._selected:
             apply_selection(self.model, selection)
             self._selected = wanted
@@ -118,16 +137,19 @@ class TorchBackend:
             result: Array = logits.numpy().copy()
         return result
 
-    def model_tensors(self) -> Iterator[tuple[str, Array]]:
-        for name, tensor in self.model.state_dict().items():
-            yield name, tensor.numpy()
+    def model_tensors(self) -> Mapping[str, Array]:
+        return _Tensors(self.model.state_dict())
 
     def trained_names(self, selection_space: Selection) -> set[str]:
         return {name for name, _ in self.model.named_parameters() if trains(region_of(name), selection_space)}
 
     def reserve(self, space: Selection) -> None:
         names = self.trained_names(space)
+        self.optimizer.evict(names)
         self.optimizer.reserve((name, value) for name, value in self.model.named_parameters() if name in names)
+
+    def store_half(self, blocks: int) -> None:
+        store_half(self.model, blocks)
 
     def optimizer_tensors(self) -> Iterator[tuple[str, Array]]:
         for name, state in self.optimizer.state.items():
@@ -146,8 +168,70 @@ class TorchBackend:
         self.optimizer.state = {}
         for key, array in optimizer.items():
             name, _, part = key.rpartition("|")
-            self.optimizer.state.setdefault(name, {})[part] = torch.from_numpy(np.array(array))
+            wanted = state_shapes(self.optimizer.settings.name, tuple(own[name].shape))
+            if wanted.get(part) != array.shape:
+                raise RuntimeError(f"{key} is {array.shape}, not {wanted.get(part)}")
+            self.optimizer.state.setdefault(name, {})[part] = torch.from_numpy(
+                np.require(array, requirements=["W", "O"])
+            )
         self.optimizer.steps = dict(steps)
+
+
+class _Tensors(Mapping[str, Array]):
+    """A state dict as arrays, each made when it is asked for: what is stored as bfloat16 is widened one at a time."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+
+    def __getitem__(self, name: str) -> Array:
+        tensor = self._state[name]
+        array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+class _UpdatesInBackward:
+    """While a backward runs, each weight is updated as soon as its gradient is there, and the gradient goes.
+
+    A gradient that is no finite number updates nothing, and from then on nothing below it is updated in this step.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, trained: list[tuple[str, torch.nn.Parameter]], learning_rate: float
+    ) -> None:
+        self.finite = True
+        self._optimizer, self._learning_rate = optimizer, learning_rate
+        optimizer.reserve(trained)
+        optimizer.reserve_scratch(trained)  # before anything changes
+        self._handles = [
+            value.register_post_accumulate_grad_hook(partial(self._update, name))  # type: ignore[no-untyped-call]
+            for name, value in trained
+        ]
+
+    def _update(self, name: str, parameter: Tensor) -> None:
+        if self.finite:
+            with torch.no_grad():
+                self.finite = self._optimizer.update_one(name, parameter, self._learning_rate)
+        parameter.grad = None
+
+    def end(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._optimizer.drop_scratch()
+
+
+def without_onednn() -> None:
+    """Let torch compute without oneDNN in this process, see docs/decisions/0006-memory-model.md.
+
+    It compiles a kernel for each shape and keeps it (0.8 MiB of data segment each), takes scratch that grows with the
+    threads, and does not survive running out of memory.
+    """
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
 
 
 def warm_up(optimizer: OptimizerSettings) -> None:

@@ -28,7 +28,7 @@ from edgetune.checkpoint.files import (
     temporary_path,
     write_atomically,
 )
-from edgetune.checkpoint.tensors import Array, load_tensors, read_tensors, save_tensors
+from edgetune.checkpoint.tensors import Array, open_tensors, read_tensors, save_tensors
 from edgetune.errors import RunFolderError
 
 FORMAT_VERSION = 1
@@ -67,10 +67,13 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Restored(NamedTuple):
-    """What `latest_checkpoint` found. `notes` are sentences for the user: which newer states were damaged."""
+    """What `latest_checkpoint` found; each of its tensors is read when it is asked for.
+
+    `notes` are sentences for the user: which newer states were damaged.
+    """
 
     checkpoint: Checkpoint
-    tensors: dict[str, Array]
+    tensors: Mapping[str, Array]
     notes: tuple[str, ...]
 
 
@@ -132,7 +135,7 @@ def _write(folder: Path, checkpoint: Checkpoint, tensors: Mapping[str, Array]) -
 def latest_checkpoint(run_folder: Path) -> Restored | None:
     """The newest state that loads, every byte checked; None if the run has none yet.
 
-    Needs memory for the state's tensors and nothing more.
+    Needs no memory for the state's tensors: they stay in their file until they are asked for.
 
     Raises: RunFolderError if there are states and none of them loads, with the reason for each.
     """
@@ -141,7 +144,7 @@ def latest_checkpoint(run_folder: Path) -> Restored | None:
     for folder in reversed(found):
         try:
             checkpoint = _read_state(folder / _STATE)
-            tensors = load_tensors(folder / checkpoint.tensors_file, checkpoint.tensors_sha256)
+            tensors = open_tensors(folder / checkpoint.tensors_file, checkpoint.tensors_sha256)
         except RunFolderError as error:
             reasons.append(str(error))
             continue

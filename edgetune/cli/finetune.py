@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgetune.cli.options import MethodName, OptimizerChoice, parse_split
+from edgetune.cli.options import (
+    Embeddings,
+    Enforce,
+    FrozenWeights,
+    MethodName,
+    OptimizerChoice,
+    OptimizerState,
+    RecomputeLevel,
+    parse_split,
+    plan_settings,
+)
 from edgetune.errors import EdgetuneError, Interrupted, UsageError
 from edgetune.units import parse_bytes
 
@@ -27,13 +37,17 @@ FLAGS = {
     "label_smoothing": "smoothing",
     "split_block": "split",
     "balanced_class_weights": "class-weights",
+    "updates_in_backward": "step-in-backward",
+    "keeps_state": "optimizer-state",
+    "half_frozen": "frozen-weights",
     "alast": "layer-choice, --token-share, --initial-budget, --alpha",
 }
 # What a plan has settled: asking for something else beside --plan would be ignored.
 OF_THE_PLAN = {
     "method", "batch_size", "accumulation", "optimizer", "trained_blocks", "split_block", "token_floor", "threads",
+    "token_ceiling", "embeddings", "recompute", "updates_in_backward", "keeps_state", "half_frozen",
 }  # fmt: skip
-MODEL, DATA, METHOD, TRAIN, OUTPUT = "Model", "Data", "Method", "Training", "Run folder and output"
+MODEL, DATA, METHOD, TRAIN, MEMORY, OUTPUT = "Model", "Data", "Method", "Training", "Memory", "Run folder and output"
 
 
 class ClassWeights(str, Enum):
@@ -164,6 +178,14 @@ def finetune(
             panel=METHOD,
         ),
     ] = None,
+    token_ceiling: Annotated[
+        float | None,
+        _option(
+            "--token-ceiling",
+            help="Largest share of its patch tokens that a block may pass on under ALaST. Default: all, or what fits.",
+            panel=METHOD,
+        ),
+    ] = None,
     layer_choice: Annotated[
         LayerChoice | None,
         _option(
@@ -232,6 +254,54 @@ def finetune(
     ] = None,
     smoothing: Annotated[
         float | None, _option("--smoothing", help="Label smoothing (default 0; timm's is 0.1).", panel=TRAIN)
+    ] = None,
+    embeddings: Annotated[
+        Embeddings | None,
+        _option(
+            "--embeddings",
+            help="`train` or `freeze` the patch and position embeddings under --method full (`auto`, default: trained where it fits).",
+            panel=MEMORY,
+        ),
+    ] = None,
+    recompute: Annotated[
+        RecomputeLevel | None,
+        _option(
+            "--recompute",
+            help="What blocks compute again in the backward instead of keeping it: `none`, the `mlp` half, the whole `block`, or what fits and is fastest (`auto`, default). Changes no result.",
+            panel=MEMORY,
+        ),
+    ] = None,
+    step_in_backward: Annotated[
+        bool | None,
+        _option(
+            "--step-in-backward/--step-after-backward",
+            help="Update each weight inside the backward, so that no gradient outlives its use; one micro-batch only. Default: where it helps.",
+            panel=MEMORY,
+        ),
+    ] = None,
+    optimizer_state: Annotated[
+        OptimizerState | None,
+        _option(
+            "--optimizer-state",
+            help="`evict` drops the state of blocks that a step does not train (their moments start anew), `keep` keeps it; `auto` (default) keeps it where anything fits so.",
+            panel=MEMORY,
+        ),
+    ] = None,
+    frozen_weights: Annotated[
+        FrozenWeights | None,
+        _option(
+            "--frozen-weights",
+            help="Store the weights of blocks below the split as `bfloat16`: half the bytes, rounded (default float32).",
+            panel=MEMORY,
+        ),
+    ] = None,
+    enforce: Annotated[
+        Enforce | None,
+        _option(
+            "--enforce",
+            help="What holds the cap: `rlimit` (RLIMIT_DATA; default when a device is simulated), `cgroup`, or `none`: the run watches and stops.",
+            panel=MEMORY,
+        ),
     ] = None,
     threads: Annotated[
         int | None,
@@ -308,7 +378,7 @@ def finetune(
         "label_smoothing": smoothing,
         "trained_blocks": trained_blocks,
         "split_block": parse_split(split),
-        "token_floor": token_floor,
+        "enforce": None if enforce is None else enforce.value,
         "hflip": hflip,
         "augment": augment,
         "balanced_class_weights": None if weighting is None else weighting is ClassWeights.balanced,
@@ -319,6 +389,15 @@ def finetune(
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    given |= plan_settings(
+        token_floor=token_floor,
+        token_ceiling=token_ceiling,
+        embeddings=embeddings,
+        recompute=recompute,
+        step_in_backward=step_in_backward,
+        optimizer_state=optimizer_state,
+        frozen_weights=frozen_weights,
+    )
     adaptive = {
         "layer_choice": None if layer_choice is None else layer_choice.value,
         "token_share": None if token_share is None else token_share.value,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 from edgetune.errors import UsageError
 
@@ -19,6 +20,62 @@ class OptimizerChoice(str, Enum):
     adamw = "adamw"
     momentum = "momentum"
     sgd = "sgd"
+    adafactor = "adafactor"
+
+
+class RecomputeLevel(str, Enum):
+    auto = "auto"
+    none = "none"
+    mlp = "mlp"
+    block = "block"
+
+
+class Embeddings(str, Enum):
+    auto = "auto"
+    train = "train"
+    freeze = "freeze"
+
+
+class OptimizerState(str, Enum):
+    auto = "auto"
+    keep = "keep"
+    evict = "evict"
+
+
+class FrozenWeights(str, Enum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Enforce(str, Enum):
+    auto = "auto"
+    rlimit = "rlimit"
+    cgroup = "cgroup"
+    none = "none"
+
+
+def plan_settings(
+    *,
+    token_floor: float | None,
+    token_ceiling: float | None,
+    embeddings: Embeddings | None,
+    recompute: RecomputeLevel | None,
+    step_in_backward: bool | None,
+    optimizer_state: OptimizerState | None,
+    frozen_weights: FrozenWeights | None,
+) -> dict[str, Any]:
+    """The levers as `RunSettings` and `PlanRequest` name them; those not given are absent."""
+    kept = {None: None, "auto": None, "keep": True, "evict": False}
+    given: dict[str, Any] = {
+        "token_floor": token_floor,
+        "token_ceiling": token_ceiling,
+        "embeddings": None if embeddings is None else embeddings.value,
+        "recompute": None if recompute is None else recompute.value,
+        "updates_in_backward": step_in_backward,
+        "keeps_state": kept[None if optimizer_state is None else optimizer_state.value],
+        "half_frozen": None if frozen_weights is None else frozen_weights is FrozenWeights.bfloat16,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def parse_split(text: str | None) -> int | None:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgetune.cli.options import MethodName, OptimizerChoice, parse_split
+from edgetune.cli.options import (
+    Embeddings,
+    FrozenWeights,
+    MethodName,
+    OptimizerChoice,
+    OptimizerState,
+    RecomputeLevel,
+    parse_split,
+    plan_settings,
+)
 from edgetune.errors import DoesNotFit
 from edgetune.units import MIB, format_bytes, format_seconds, parse_bytes
 
@@ -48,6 +57,31 @@ def plan(
     token_floor: Annotated[
         float | None, typer.Option("--token-floor", help="Least share of tokens a block passes on.", show_default=False)
     ] = None,
+    token_ceiling: Annotated[
+        float | None,
+        typer.Option("--token-ceiling", help="Largest share that a block may pass on.", show_default=False),
+    ] = None,
+    embeddings: Annotated[
+        Embeddings | None, typer.Option("--embeddings", help="Under --method full.", show_default=False)
+    ] = None,
+    recompute: Annotated[
+        RecomputeLevel | None,
+        typer.Option("--recompute", help="What the backward computes again.", show_default=False),
+    ] = None,
+    step_in_backward: Annotated[
+        bool | None,
+        typer.Option(
+            "--step-in-backward/--step-after-backward", help="Update weights inside the backward.", show_default=False
+        ),
+    ] = None,
+    optimizer_state: Annotated[
+        OptimizerState | None,
+        typer.Option("--optimizer-state", help="Of blocks that a step does not train.", show_default=False),
+    ] = None,
+    frozen_weights: Annotated[
+        FrozenWeights | None,
+        typer.Option("--frozen-weights", help="How weights below the split are stored.", show_default=False),
+    ] = None,
     min_cap: Annotated[bool, typer.Option("--min-cap", help="Print only the smallest cap that works.")] = False,
     all_devices: Annotated[bool, typer.Option("--all-devices", help="Does it fit: a line a device profile.")] = False,
     json: Annotated[bool, typer.Option("--json", help="JSON on standard output, nothing else there.")] = False,
@@ -62,7 +96,22 @@ def plan(
     shape = _shape(model, classes, image_size)
     chosen = METHODS[method.value]
     check_model(chosen, shape, adaptive_obstacle(shape))
-    space = space_of(chosen, shape, trained_blocks=trained_blocks, split_block=parse_split(split))
+    levers = plan_settings(
+        token_floor=token_floor,
+        token_ceiling=token_ceiling,
+        embeddings=embeddings,
+        recompute=recompute,
+        step_in_backward=step_in_backward,
+        optimizer_state=optimizer_state,
+        frozen_weights=frozen_weights,
+    )
+    space = space_of(
+        chosen,
+        shape,
+        trained_blocks=trained_blocks,
+        split_block=parse_split(split),
+        embeddings=levers.pop("embeddings", "auto"),
+    )
 
     def request(profile: DeviceProfile) -> PlanRequest:
         cap, runtime, _ = _cap_and_runtime(profile, ram_cap)
@@ -73,9 +122,10 @@ def plan(
             optimizer=opt.value,
             cap_bytes=cap,
             runtime_bytes=runtime,
-            token_floor=token_floor,
             threads=profile.cores or 1,
             peak_flops_per_s=profile.peak_flops_per_s,
+            memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
+            **levers,
         )
 
     if all_devices:

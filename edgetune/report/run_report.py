@@ -43,6 +43,9 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     verdict: Annotated[str, _is("peak against cap in one line")] = ""
     within_cap: Annotated[bool | None, _is("device_peak_bytes <= cap_bytes")] = None
     enforced_by: Annotated[str, _is("what would have stopped the run at the cap")] = "watched, not enforced"
+    tightenings: Annotated[
+        tuple[str, ...], _is("steps for which memory ran out, why, and the plan under which they were done")
+    ] = ()
     cap_bytes: Annotated[Count | None, _is("the most the run may use on the device, bytes")] = None
     device_peak_bytes: Annotated[Count | None, _is("the figure judged against cap_bytes, bytes")] = None
     predicted_peak_bytes: Annotated[Count | None, _is("what the plan foresaw for device_peak_bytes, bytes")] = None

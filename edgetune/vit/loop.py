@@ -14,9 +14,10 @@ from timm.layers import GELUTanh
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from edgetune.cost import Selection, ViTShape
+from edgetune.cost import Recompute, Selection, ViTShape
 from edgetune.errors import UnsupportedModel
 from edgetune.vit.probe import block_saved_floats, stem_floats
+from edgetune.vit.recompute import has_mlp_half, run_recomputed
 
 # Activations of one kernel, with nothing between their input and their output.
 FUSED_ACTIVATIONS = (nn.GELU, GELUTanh, nn.SiLU, nn.ReLU)
@@ -118,30 +119,31 @@ def forward(
     with torch.set_grad_enabled(gradient and selection.embeddings_train):
         tokens = embed(model, images)
     for index, block in enumerate(model.blocks):
-        class_token_before = tokens[:, 0].detach()
+        # A copy: a view would hold all of the block's input.
+        class_token_before = tokens[:, 0].detach().clone() if with_deltas else None
         with torch.set_grad_enabled(gradient and index >= lowest):
-            tokens = run_block(block, tokens, leaving[index], model.num_prefix_tokens)
-        if with_deltas:
+            level = selection.level(index) if gradient and index >= lowest else Recompute.NOTHING
+            tokens = run_block(block, tokens, leaving[index], model.num_prefix_tokens, level)
+        if class_token_before is not None:
             # The paper's ||CLS_l - CLS_(l-1)||^2, as a mean over the batch so that a short last batch shifts nothing.
             change = tokens[:, 0].detach() - class_token_before
             deltas.append(change.square().sum(dim=1).mean())
     return model.forward_head(model.norm(tokens)), deltas
 
 
-def run_block(block: Any, tokens: Tensor, leaving: int, prefix_tokens: int) -> Tensor:
+def run_block(block: Any, tokens: Tensor, leaving: int, prefix_tokens: int, level: Recompute) -> Tensor:
     """One unmodified block; of its patch tokens the `leaving` ones that the class token attends to most go on.
 
     The hook on `attn.qkv` only reads the projection that the block computes anyway, and is gone when this returns.
     """
     if leaving >= tokens.shape[1] - prefix_tokens:
-        result: Tensor = block(tokens)
-        return result
+        return run_recomputed(block, tokens, level)
     rows: list[Tensor] = []
     handle = block.attn.qkv.register_forward_hook(
         lambda _module, _inputs, qkv: rows.append(class_attention(block.attn, qkv.detach()))
     )
     try:
-        tokens = block(tokens)
+        tokens = run_recomputed(block, tokens, level)
     finally:
         handle.remove()
     return keep_tokens(tokens, rows[0], leaving, prefix_tokens)
@@ -244,6 +246,7 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
         pre_norm=not isinstance(model.norm_pre, nn.Identity),
         gated_mlp=gated,
         hidden_layers=4 if gated else 2 if fused else 3,
+        mlp_half=has_mlp_half(block),
         block_saved_floats=block_saved_floats(block, model.embed_dim),
         stem_saved_floats=stem[0],
         stem_largest_floats=stem[1],

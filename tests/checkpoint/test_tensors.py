@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgetune.checkpoint import load_tensors, read_tensors, save_tensors
+from edgetune.checkpoint.tensors import open_tensors
 from edgetune.errors import RunFolderError
 
 DTYPES = ("u8", "i8", "f8", "f4", "u4", "i4", "f2", "u2", "i2", "i1", "u1", "?")
@@ -44,7 +45,7 @@ def test_files_equal_the_librarys_to_the_byte(tmp_path: Path) -> None:
 def test_what_was_saved_is_loaded(tmp_path: Path, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
     path = tmp_path / "a.safetensors"
     digest = save_tensors(path, tensors)
-    for loaded in (load_tensors(path, digest), safetensors.numpy.load_file(path)):
+    for loaded in (load_tensors(path, digest), open_tensors(path, digest), safetensors.numpy.load_file(path)):
         assert loaded.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert loaded[name].dtype == tensor.dtype
@@ -113,8 +114,11 @@ def test_a_hostile_header_is_a_clear_error(tmp_path: Path, header: object) -> No
     for data in (b"1234", b""):
         path = write_raw(tmp_path / "a", header, data)
         if data or header != {}:  # which is a whole file without tensors
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
             with pytest.raises(RunFolderError, match=str(path)):
                 load_tensors(path)
+            with pytest.raises(RunFolderError, match=str(path)):
+                dict(open_tensors(path, digest))
 
 
 @pytest.mark.parametrize("size", [0, 7, 8, 20, -1])
@@ -140,8 +144,25 @@ def test_every_flipped_bit_is_noticed(tmp_path_factory: pytest.TempPathFactory, 
     data = bytearray(path.read_bytes())
     data[place % len(data)] ^= flip
     path.write_bytes(data)
-    with pytest.raises(RunFolderError):
-        load_tensors(path, digest)
+    for load in (load_tensors, open_tensors):
+        with pytest.raises(RunFolderError):
+            load(path, digest)
+
+
+def test_an_opened_files_tensors_are_read_anew_each_time_and_a_change_meanwhile_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    tensors = open_tensors(path, save_tensors(path, all_kinds()))
+    tensors["scalar"][...] = 4
+    assert tensors["scalar"] == 3
+    assert len(tensors) == len(all_kinds())
+    with pytest.raises(KeyError):
+        tensors["nothing"]
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(RunFolderError, match="ends too early"):
+        dict(tensors)
+    path.unlink()
+    with pytest.raises(RunFolderError, match="can't be read"):
+        tensors["scalar"]
 
 
 MEMORY = """
@@ -149,6 +170,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from edgetune.checkpoint import load_tensors, read_tensors, save_tensors
+from edgetune.checkpoint.tensors import open_tensors
 MIB = 2**20
 def status(key):
     text = Path("/proc/self/status").read_text()
@@ -158,6 +180,9 @@ before = status("VmRSS")
 for name, tensor in read_tensors(source, digest):
     assert tensor[0] == int(name)
     del tensor
+tensors = open_tensors(source, digest)
+for name in tensors:
+    assert tensors[name][0] == int(name)
 peak = (status("VmHWM") - before) / MIB
 assert 3 < peak < 4 + 3, f"one by one took {peak} MiB: more than one tensor of 4"
 tensors = load_tensors(source, digest)

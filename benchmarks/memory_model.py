@@ -1,0 +1,229 @@
+"""The memory model against the CPU allocator's own events: the peak of live bytes of random steps, and their FLOPs.
+
+    python benchmarks/memory_model.py                 # writes benchmarks/memory_model.md and memory_model.svg
+    python benchmarks/memory_model.py --configs 60 --seed 7 --only plain
+
+Each configuration is a step of a real timm model (whole depth and width, random values) at a random image size, batch,
+split, trained set, token counts, recompute levels and optimizer. Measured is what torch's CPU allocator had live at
+most, by its own events (`torch.profiler`), the batch of images included; predicted is `cost.step_cost`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from edgetune import cost
+from edgetune.backends.pytorch import TorchBackend, without_onednn
+from edgetune.cost import Recompute, Selection, StepCost, StepSetup, ViTShape
+from edgetune.optim import OptimizerName, OptimizerSettings
+from edgetune.vit.loop import shape_of
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("deit_tiny_patch16_224", {}),
+    "LayerScale": ("deit3_small_patch16_224", {}),
+    "registers": ("vit_small_patch14_reg4_dinov2", {}),
+    "q/k norm": ("vit_small_patch16_224", {"qk_norm": True}),
+    "pre-norm CLIP": ("vit_base_patch32_clip_quickgelu_224", {}),
+    "base": ("vit_base_patch16_224", {}),
+}
+OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "momentum", "sgd", "adafactor")
+
+
+class Config(NamedTuple):
+    """One random step."""
+
+    family: str
+    image_px: int
+    micro_batch: int
+    accumulation: int
+    optimizer: OptimizerName
+    updates_in_backward: bool
+    threads: int
+    selection: Selection
+
+
+class Outcome(NamedTuple):
+    config: Config
+    predicted_bytes: int
+    measured_bytes: int
+    predicted_flops: int
+    measured_flops: int | None
+
+    @property
+    def error(self) -> float:
+        return self.predicted_bytes / self.measured_bytes - 1
+
+
+def build(family: str, image_px: int) -> torch.nn.Module:
+    """The model with memory but no meaning: values do not change how much is live."""
+    name, arguments = MODELS[family]
+    with torch.device("meta"):
+        model: torch.nn.Module = timm.create_model(name, num_classes=10, img_size=image_px, **arguments)
+    model = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    return model
+
+
+def random_config(rng: random.Random, family: str) -> Config:
+    patch = 14 if "patch14" in MODELS[family][0] else 32 if "patch32" in MODELS[family][0] else 16
+    image_px = patch * rng.choice(range(2, 8) if family == "base" else range(3, 15))
+    depth, tokens = 12, (image_px // patch) ** 2
+    embeddings = rng.random() < 0.2
+    split = 0 if embeddings else rng.randrange(depth + 1)
+    above = depth - split
+    count = rng.randint(1, above) if above else 0
+    chosen = set(rng.sample(range(split, depth), count))
+    kept, counts = tokens, []
+    for block in range(depth):
+        if block > split and rng.random() < 0.5:
+            kept = max(1, min(kept, 8 * math.ceil(kept * rng.uniform(0.6, 1.0) / 8)))
+        counts.append(kept)
+    level = rng.choice(["none", "mlp", "block", "frozen", "random"])
+    recompute = {
+        "none": (),
+        "mlp": (Recompute.MLP,) * depth,
+        "block": (Recompute.BLOCK,) * depth,
+        "frozen": tuple(Recompute.NOTHING if block in chosen else Recompute.BLOCK for block in range(depth)),
+        "random": tuple(rng.choice(list(Recompute)) for _ in range(depth)),
+    }[level]
+    accumulation = rng.choice([1, 1, 2])
+    return Config(
+        family=family,
+        image_px=image_px,
+        micro_batch=rng.randint(1, 4 if family == "base" else 12),
+        accumulation=accumulation,
+        optimizer=rng.choice(OPTIMIZERS),
+        updates_in_backward=accumulation == 1 and rng.random() < 0.3,
+        threads=rng.choice([1, 2]),
+        selection=Selection(tuple(block in chosen for block in range(depth)), tuple(counts), embeddings, recompute),
+    )
+
+
+def peak_growth_bytes(work: Callable[[], object]) -> int:
+    """The most that live tensor bytes grew above where they stood, while `work` ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    found: Any = profiler.profiler
+    events = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    live = peak = 0
+    for event in events:
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def resting_bytes(backend: TorchBackend) -> int:
+    """Bytes of weights, buffers and optimizer state that are there before a step."""
+    tensors = [*backend.model.state_dict().values()]
+    tensors += [tensor for state in backend.optimizer.state.values() for tensor in state.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def predict(shape: ViTShape, config: Config) -> StepCost:
+    return cost.step_cost(
+        shape,
+        config.selection,
+        StepSetup(
+            micro_batch=config.micro_batch,
+            accumulation=config.accumulation,
+            optimizer=config.optimizer,
+            ever_trained_blocks=sum(config.selection.trains),
+            updates_in_backward=config.updates_in_backward,
+            threads=config.threads,
+        ),
+    )
+
+
+def measure(model: Any, config: Config, *, with_flops: bool) -> Outcome:
+    """One warmed-up step (the optimizer's state is there), measured and predicted."""
+    torch.set_num_threads(config.threads)
+    shape = shape_of(model, config.family)
+    backend = TorchBackend(model, OptimizerSettings(name=config.optimizer))
+    images = config.micro_batch * config.accumulation
+
+    def batches() -> Iterator[tuple[Any, Any]]:
+        for _ in range(config.accumulation):
+            yield (
+                np.zeros((config.micro_batch, 3, *shape.image_px), np.float32),
+                np.zeros(config.micro_batch, np.int64),
+            )
+
+    def step() -> None:
+        backend.step(
+            batches(),
+            config.selection,
+            images=images,
+            weight_sum=float(images),
+            learning_rate=0.0,
+            seed=0,
+            with_deltas=shape.class_token,
+            updates_in_backward=config.updates_in_backward,
+        )
+
+    names = backend.trained_names(config.selection)
+    backend.optimizer.reserve((name, value) for name, value in model.named_parameters() if name in names)
+    flops = None
+    if with_flops:
+        # Fused attention is counted as nothing on the CPU.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            step()
+        flops = counter.get_total_flops()
+    # numpy makes the images, so torch's allocator does not see them.
+    measured = resting_bytes(backend) + cost.input_bytes(shape, config.micro_batch) + peak_growth_bytes(step)
+    predicted = predict(shape, config)
+    return Outcome(config, predicted.peak_bytes, measured, predicted.flops, flops)
+
+
+def describe(config: Config) -> str:
+    selection = config.selection
+    trains = "".join("T" if trained else "f" for trained in selection.trains)
+    levels = "".join(str(int(level)) for level in selection.recompute) or "-"
+    extras = " emb" if selection.embeddings_train else ""
+    extras += " in-backward" if config.updates_in_backward else ""
+    return (
+        f"{config.family} {config.image_px}px b{config.micro_batch}x{config.accumulation} {config.optimizer} "
+        f"t{config.threads} {trains} {levels} {selection.tokens[0]}-{selection.tokens[-1]}{extras}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--configs", type=int, default=540)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only")
+    parser.add_argument("--flops-every", type=int, default=4)
+    arguments = parser.parse_args()
+    without_onednn()  # as every run
+    rng = random.Random(arguments.seed)
+    outcomes = []
+    families = [arguments.only] if arguments.only else list(MODELS)
+    for number in range(arguments.configs):
+        config = random_config(rng, families[number % len(families)])
+        model = build(config.family, config.image_px)
+        outcome = measure(model, config, with_flops=number % arguments.flops_every == 0)
+        outcomes.append(outcome)
+        flops = (
+            "" if not outcome.measured_flops else f" flops {outcome.predicted_flops / outcome.measured_flops - 1:+.2%}"
+        )
+        print(
+            f"{outcome.error:+.2%} {outcome.predicted_bytes / 2**20:.1f} {outcome.measured_bytes / 2**20:.1f}{flops} {describe(config)}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

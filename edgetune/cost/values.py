@@ -1,0 +1,127 @@
+"""What a model is and what one step does, as values. No torch, no numpy."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import msgspec
+
+
+class ViTShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What the cost of a Vision Transformer depends on. Counts are of one model, widths are floats a token."""
+
+    name: str
+    depth: int
+    width: int
+    heads: int
+    head_width: int
+    mlp_width: int
+    patch_tokens: int
+    prefix_tokens: int
+    classes: int
+    image_px: tuple[int, int]
+    patch_px: tuple[int, int]
+    channels: int = 3
+    class_token: bool = True
+    token_pool: bool = True  # the head reads the class token
+    fused_qkv: bool = True  # attention has one `qkv` projection, from which the class token's row can be had
+    layer_scale: bool = False
+    qk_norm: bool = False
+    pre_norm: bool = False
+    gated_mlp: bool = False
+    mlp_half: bool = True  # a block's second half is norm2, then mlp: it can be recomputed by itself
+    # Hidden layers that stand at once in the MLP's forward: before and after the activation, and what it makes between.
+    hidden_layers: int = 2
+    # Floats a token that autograd keeps of a block (frozen, trained), as the block itself tells; None: counted.
+    block_saved_floats: tuple[int, int] | None = None
+    # A convolutional stem's, floats an image: what autograd keeps of it where it trains, and its largest feature map.
+    stem_saved_floats: int = 0
+    stem_largest_floats: int = 0
+    embed_parameters: int
+    block_parameters: int
+    head_parameters: int  # final norm, pooling and classifier
+    largest_parameter: int  # elements of the largest single tensor
+
+    @property
+    def parameters(self) -> int:
+        return self.embed_parameters + self.depth * self.block_parameters + self.head_parameters
+
+    @property
+    def all_tokens(self) -> int:
+        return self.patch_tokens + self.prefix_tokens
+
+    @property
+    def attention_width(self) -> int:
+        return self.heads * self.head_width
+
+
+class Recompute(IntEnum):
+    """What the backward of a block makes again instead of keeping it."""
+
+    NOTHING = 0
+    MLP = 1  # from the second norm on
+    BLOCK = 2  # everything: of the block its input alone is kept
+
+
+class Selection(msgspec.Struct, frozen=True):
+    """What one step does: which blocks train, how many patch tokens each sees, what each recomputes.
+
+    The head always trains. `recompute` empty: nothing is.
+    """
+
+    trains: tuple[bool, ...]
+    tokens: tuple[int, ...]
+    embeddings_train: bool = False
+    recompute: tuple[Recompute, ...] = ()
+
+    @property
+    def depth(self) -> int:
+        return len(self.trains)
+
+    @property
+    def lowest_trained_block(self) -> int:
+        """The first block that carries gradient; `depth` when only the head trains, 0 when the embeddings do."""
+        if self.embeddings_train:
+            return 0
+        return next((block for block, trained in enumerate(self.trains) if trained), self.depth)
+
+    def level(self, block: int) -> Recompute:
+        return self.recompute[block] if self.recompute else Recompute.NOTHING
+
+
+def all_tokens_kept(shape: ViTShape, trains: tuple[bool, ...], embeddings_train: bool = False) -> Selection:
+    """The selection that prunes nothing."""
+    return Selection(trains, (shape.patch_tokens,) * shape.depth, embeddings_train)
+
+
+class BlockState(IntEnum):
+    """What autograd keeps of a block in one step."""
+
+    BELOW = 0  # nothing below it trains: it keeps nothing
+    ON_PATH = 1  # frozen, but gradient passes through it
+    TRAINED = 2
+
+
+def block_states(selection: Selection) -> tuple[BlockState, ...]:
+    lowest = selection.lowest_trained_block
+    return tuple(
+        BlockState.TRAINED if trained else BlockState.ON_PATH if block >= lowest else BlockState.BELOW
+        for block, trained in enumerate(selection.trains)
+    )
+
+
+class StepCost(msgspec.Struct, frozen=True, kw_only=True):
+    """Bytes of one optimizer step, by what holds them, and its FLOPs.
+
+    `peak_bytes` is the peak of live tensor bytes; the parts are what each kind holds at its own largest, so they may
+    add up to more than the peak.
+    """
+
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    workspace_bytes: int
+    inputs_bytes: int
+    peak_bytes: int
+    flops: int

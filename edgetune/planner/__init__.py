@@ -1,0 +1,37 @@
+"""The plan of a run under a cap, or `DoesNotFit` with the smallest cap that would do. Pure, no torch, no numpy.
+
+`search.py` says what the planner may choose and in which order, `worst.py` which draw is the worst, `phases.py` what a
+whole process holds, `tokens.py` what clips a step to the plan, `explain.py` puts it into words.
+"""
+
+from edgetune.planner.explain import format_cap
+from edgetune.planner.phases import parts_of, process_bytes
+from edgetune.planner.search import plan, replayed, smallest_cap_bytes, tightened
+from edgetune.planner.tokens import ceilings, default_token_floor, fit
+from edgetune.planner.values import (
+    PLAN_FORMAT_VERSION,
+    EmbeddingsChoice,
+    MethodSpace,
+    Plan,
+    PlanRequest,
+    RecomputeChoice,
+)
+
+__all__ = [
+    "PLAN_FORMAT_VERSION",
+    "EmbeddingsChoice",
+    "MethodSpace",
+    "Plan",
+    "PlanRequest",
+    "RecomputeChoice",
+    "ceilings",
+    "default_token_floor",
+    "fit",
+    "format_cap",
+    "parts_of",
+    "plan",
+    "process_bytes",
+    "replayed",
+    "smallest_cap_bytes",
+    "tightened",
+]

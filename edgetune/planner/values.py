@@ -1,0 +1,157 @@
+"""What a plan is a function of, and the plan. Values only."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from edgetune.cost import BlockState, Recompute, Selection, StepCost, StepSetup, ViTShape, block_states
+from edgetune.optim import OptimizerName
+from edgetune.units import MIB
+
+# What a run's process holds beyond live tensors: a share (blocks the allocator keeps, alignment) and a fixed part
+# (Python objects, code paged in by kernels the warm-up did not meet, report). Measured by `benchmarks/memory_plan.py`.
+ALLOCATOR_SHARE = 0.04
+PROCESS_BYTES = 20 * MIB
+# Micro-batches that exist beside the one being computed: one being loaded, one waiting.
+PREFETCHED_BATCHES = 2
+MAX_EVALUATION_BATCH = 64
+TOKEN_MULTIPLE = 8
+
+RecomputeChoice = Literal["auto", "none", "mlp", "block"]
+EmbeddingsChoice = Literal["auto", "train", "freeze"]
+
+
+PLAN_FORMAT_VERSION = 2
+
+
+class MethodSpace(msgspec.Struct, frozen=True, kw_only=True):
+    """What a method lets the planner choose from. `methods.py` makes one for each method."""
+
+    name: str
+    splits: tuple[int, ...]
+    # K for each split, best first.
+    trained_blocks: dict[int, tuple[int, ...]]
+    # Whether the embeddings train, best first.
+    embeddings: tuple[bool, ...] = (False,)
+    prunes_tokens: bool = False
+    # Blocks are drawn anew each step from those above the split (else the top K train throughout).
+    draws: bool = False
+
+
+class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a plan is a function of. None and "auto": the planner's choice."""
+
+    shape: ViTShape
+    space: MethodSpace
+    batch_size: int
+    optimizer: OptimizerName
+    cap_bytes: int
+    runtime_bytes: int
+    token_floor: float | None = None
+    token_ceiling: float | None = None  # most of its tokens that a block may pass on, a share
+    accumulation: int | None = None
+    recompute: RecomputeChoice = "auto"
+    updates_in_backward: bool | None = None
+    keeps_state: bool | None = None
+    half_frozen: bool = False
+    decode_bytes: int = 0  # the largest image's decoding
+    load_copies: float = 1.0  # of the weights, while they are loaded
+    threads: int = 1
+    peak_flops_per_s: float | None = None
+    memory_bandwidth_bytes_per_s: float | None = None
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a run may do. Every step's selection is clipped to it, so the prediction bounds every step."""
+
+    format_version: int = PLAN_FORMAT_VERSION
+    model: str
+    method: str
+    optimizer: OptimizerName
+    split_block: int
+    trained_blocks: int
+    ever_trained_blocks: int
+    embeddings_train: bool
+    draws: bool
+    token_ceiling: tuple[int, ...]
+    token_floor: float
+    batch_size: int
+    micro_batch: int
+    accumulation: int
+    recompute: tuple[Recompute, ...]  # of each block where it trains
+    recompute_frozen: Recompute  # at least, of a frozen block that gradient passes through
+    updates_in_backward: bool
+    keeps_state: bool  # else the optimizer state of blocks that a step does not train is dropped
+    half_frozen: bool  # weights below the split are stored as bfloat16
+    evaluation_batch: int
+    threads: int
+    cap_bytes: int
+    runtime_bytes: int
+    predicted: StepCost
+    predicted_peak_bytes: int
+    predicted_phase_bytes: dict[str, int]
+    predicted_step_seconds: float | None
+    explanation: tuple[str, ...]
+
+
+class Lossy(msgspec.Struct, frozen=True):
+    """Choices that change what is learnt, and so come after every lossless one."""
+
+    split_block: int
+    trained_blocks: int
+    token_ceiling: tuple[int, ...]
+    embeddings_train: bool
+    keeps_state: bool
+
+
+class Lossless(msgspec.Struct, frozen=True):
+    """Choices that change time and memory alone: the same gradients, the same updates."""
+
+    micro_batch: int
+    recompute: tuple[Recompute, ...]
+    recompute_frozen: Recompute
+    updates_in_backward: bool
+
+
+def with_levels(
+    trains: tuple[bool, ...],
+    tokens: tuple[int, ...],
+    embeddings_train: bool,
+    recompute: tuple[Recompute, ...],
+    recompute_frozen: Recompute,
+) -> Selection:
+    """The selection with each block's recompute level, which depends on whether it trains."""
+    plain = Selection(trains, tokens, embeddings_train)
+    if not any(recompute) and recompute_frozen is Recompute.NOTHING:
+        return plain
+    levels = tuple(
+        Recompute.NOTHING
+        if state is BlockState.BELOW
+        else recompute[block]
+        if state is BlockState.TRAINED
+        else max(recompute[block], recompute_frozen)
+        for block, state in enumerate(block_states(plain))
+    )
+    return Selection(trains, tokens, embeddings_train, levels)
+
+
+def accumulation_of(request: PlanRequest, micro_batch: int) -> int:
+    return -(-request.batch_size // micro_batch)
+
+
+def setup_of(request: PlanRequest, lossy: Lossy, lossless: Lossless) -> StepSetup:
+    shape, space = request.shape, request.space
+    return StepSetup(
+        micro_batch=lossless.micro_batch,
+        accumulation=accumulation_of(request, lossless.micro_batch),
+        optimizer=request.optimizer,
+        ever_trained_blocks=shape.depth - lossy.split_block
+        if space.draws and lossy.keeps_state
+        else lossy.trained_blocks,
+        updates_in_backward=lossless.updates_in_backward,
+        half_blocks=min(lossy.split_block, shape.depth) if request.half_frozen else 0,
+        threads=request.threads,
+        may_prune=space.prunes_tokens,
+    )
