@@ -1,9 +1,10 @@
 """The memory model against the CPU allocator's own events: the peak of live bytes of random steps, and their FLOPs.
 
     python benchmarks/memory_model.py                 # writes benchmarks/memory_model.md and memory_model.svg
-    python benchmarks/memory_model.py --configs 60 --seed 7 --only plain
+    python benchmarks/memory_model.py --configs 60 --seed 7 --only plain --output /tmp
+    python benchmarks/memory_model.py --append-label "torch 2.5.1"   # with another torch: a row in the same .md
 
-Each configuration is a step of a real timm model (whole depth and width, random values) at a random image size, batch,
+Each configuration is a step of a real timm model (whole depth and width, no meaning in its values) at a random image size, batch,
 split, trained set, token counts, recompute levels and optimizer. Measured is what torch's CPU allocator had live at
 most, by its own events (`torch.profiler`), the batch of images included; predicted is `cost.step_cost`.
 """
@@ -13,12 +14,15 @@ from __future__ import annotations
 import argparse
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import timm
 import torch
+from memory_figures import Point, write
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,6 +31,7 @@ from edgetune import cost
 from edgetune.backends.pytorch import TorchBackend, without_onednn
 from edgetune.cost import Recompute, Selection, StepCost, StepSetup, ViTShape
 from edgetune.optim import OptimizerName, OptimizerSettings
+from edgetune.units import MIB
 from edgetune.vit.loop import shape_of
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,6 +56,7 @@ class Config(NamedTuple):
     updates_in_backward: bool
     threads: int
     selection: Selection
+    half_blocks: int = 0  # the lowest blocks, whose weights are stored as bfloat16
 
 
 class Outcome(NamedTuple):
@@ -62,7 +68,12 @@ class Outcome(NamedTuple):
 
     @property
     def error(self) -> float:
+        """Relative: 0.01 is 1 % above what was measured."""
         return self.predicted_bytes / self.measured_bytes - 1
+
+    @property
+    def flops_error(self) -> float | None:
+        return None if not self.measured_flops else self.predicted_flops / self.measured_flops - 1
 
 
 def build(family: str, image_px: int) -> torch.nn.Module:
@@ -77,9 +88,11 @@ def build(family: str, image_px: int) -> torch.nn.Module:
     return model
 
 
-def random_config(rng: random.Random, family: str) -> Config:
+def random_config(rng: random.Random, family: str, *, largest_grid: int = 14) -> Config:
+    """A step of this family's model; images have at most `largest_grid` patches a side (7 for the base model)."""
     patch = 14 if "patch14" in MODELS[family][0] else 32 if "patch32" in MODELS[family][0] else 16
-    image_px = patch * rng.choice(range(2, 8) if family == "base" else range(3, 15))
+    smallest, largest = (2, min(7, largest_grid)) if family == "base" else (3, largest_grid)
+    image_px = patch * rng.choice(range(smallest, largest + 1))
     depth, tokens = 12, (image_px // patch) ** 2
     embeddings = rng.random() < 0.2
     split = 0 if embeddings else rng.randrange(depth + 1)
@@ -109,21 +122,23 @@ def random_config(rng: random.Random, family: str) -> Config:
         updates_in_backward=accumulation == 1 and rng.random() < 0.3,
         threads=rng.choice([1, 2]),
         selection=Selection(tuple(block in chosen for block in range(depth)), tuple(counts), embeddings, recompute),
+        half_blocks=split if rng.random() < 0.2 else 0,
     )
 
 
-def peak_growth_bytes(work: Callable[[], object]) -> int:
-    """The most that live tensor bytes grew above where they stood, while `work` ran."""
+def live_growth_bytes(work: Callable[[], object]) -> list[int]:
+    """Live tensor bytes above where they stood, after each event of torch's CPU allocator while `work` ran."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     found: Any = profiler.profiler
     events = [event for event in found.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    live = peak = 0
-    for event in events:
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    return list(accumulate(event.nbytes() for event in events))
+
+
+def peak_growth_bytes(work: Callable[[], object]) -> int:
+    """The most that live tensor bytes grew above where they stood, while `work` ran."""
+    return max(0, *live_growth_bytes(work), 0)
 
 
 def resting_bytes(backend: TorchBackend) -> int:
@@ -143,6 +158,7 @@ def predict(shape: ViTShape, config: Config) -> StepCost:
             optimizer=config.optimizer,
             ever_trained_blocks=sum(config.selection.trains),
             updates_in_backward=config.updates_in_backward,
+            half_blocks=config.half_blocks,
             threads=config.threads,
         ),
     )
@@ -153,6 +169,7 @@ def measure(model: Any, config: Config, *, with_flops: bool) -> Outcome:
     torch.set_num_threads(config.threads)
     shape = shape_of(model, config.family)
     backend = TorchBackend(model, OptimizerSettings(name=config.optimizer))
+    backend.store_half(config.half_blocks)
     images = config.micro_batch * config.accumulation
 
     def batches() -> Iterator[tuple[Any, Any]]:
@@ -194,35 +211,50 @@ def describe(config: Config) -> str:
     levels = "".join(str(int(level)) for level in selection.recompute) or "-"
     extras = " emb" if selection.embeddings_train else ""
     extras += " in-backward" if config.updates_in_backward else ""
+    extras += f" half {config.half_blocks}" if config.half_blocks else ""
     return (
         f"{config.family} {config.image_px}px b{config.micro_batch}x{config.accumulation} {config.optimizer} "
         f"t{config.threads} {trains} {levels} {selection.tokens[0]}-{selection.tokens[-1]}{extras}"
     )
 
 
+def line(outcome: Outcome) -> str:
+    flops = "" if outcome.flops_error is None else f" flops {outcome.flops_error:+.2%}"
+    sizes = f"{outcome.predicted_bytes / MIB:.1f} {outcome.measured_bytes / MIB:.1f}"
+    return f"{outcome.error:+.2%} {sizes}{flops} {describe(outcome.config)}"
+
+
+def run(configs: int, seed: int, families: Sequence[str], flops_every: int) -> Iterator[Outcome]:
+    """The families take turns; every `flops_every`th configuration of each has its FLOPs counted too."""
+    without_onednn()  # as every run
+    rng = random.Random(seed)
+    for number in range(configs):
+        config = random_config(rng, families[number % len(families)])
+        with_flops = number // len(families) % flops_every == 0
+        yield measure(build(config.family, config.image_px), config, with_flops=with_flops)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--configs", type=int, default=540)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only")
-    parser.add_argument("--flops-every", type=int, default=4)
-    arguments = parser.parse_args()
-    without_onednn()  # as every run
-    rng = random.Random(arguments.seed)
+    parser.add_argument("--only", choices=list(MODELS), help="one family alone")
+    parser.add_argument("--flops-every", type=int, default=4, metavar="N", help="count FLOPs in every Nth (default 4)")
+    parser.add_argument("--append-label", metavar="NAME", help="add the errors as a row of other versions, so named")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent, metavar="FOLDER")
+    args = parser.parse_args()
     outcomes = []
-    families = [arguments.only] if arguments.only else list(MODELS)
-    for number in range(arguments.configs):
-        config = random_config(rng, families[number % len(families)])
-        model = build(config.family, config.image_px)
-        outcome = measure(model, config, with_flops=number % arguments.flops_every == 0)
+    for outcome in run(args.configs, args.seed, [args.only] if args.only else list(MODELS), args.flops_every):
+        print(line(outcome), flush=True)
         outcomes.append(outcome)
-        flops = (
-            "" if not outcome.measured_flops else f" flops {outcome.predicted_flops / outcome.measured_flops - 1:+.2%}"
-        )
-        print(
-            f"{outcome.error:+.2%} {outcome.predicted_bytes / 2**20:.1f} {outcome.measured_bytes / 2**20:.1f}{flops} {describe(config)}",
-            flush=True,
-        )
+    points = [
+        Point(outcome.config.family, outcome.predicted_bytes, outcome.measured_bytes, outcome.flops_error)
+        for outcome in outcomes
+    ]
+    command = f"python benchmarks/memory_model.py --configs {args.configs} --seed {args.seed}"
+    command += f' --only "{args.only}"' if args.only else ""
+    command += f' --append-label "{args.append_label}"' if args.append_label else ""
+    print(write(args.output, points, command=command, label=args.append_label))
 
 
 if __name__ == "__main__":

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
-from edgetune.enforce import EnforceKind, Limit, enforce, is_out_of_memory, left_bytes, short_of_memory
-from edgetune.errors import CapExceeded, EdgetuneError
+import msgspec
+
+from edgetune.enforce import (
+    EnforceKind,
+    Limit,
+    by_rlimit,
+    enforce,
+    is_out_of_memory,
+    left_bytes,
+    room_bytes,
+    short_of_memory,
+)
+from edgetune.errors import CapExceeded, DoesNotFit
 from edgetune.judge import Judge
 from edgetune.memory import MemoryMeter
-from edgetune.planner import Plan
+from edgetune.planner import Plan, PlanRequest, plan, tightened
+from edgetune.replay import forget, reason_of
+from edgetune.units import MIB
+
+# Pages of code that the first steps bring in, which the cap counts and RLIMIT_DATA does not: 1.1 to 1.9 MiB in runs of
+# the bundled model, DeiT-Tiny and DeiT-Small (torch 2.14, x86).
+UNCOUNTED_BYTES = 2 * MIB
 
 
 @dataclass(frozen=True)
@@ -33,6 +51,31 @@ class Guard:
         """A sentence if the machine has less memory left than a step under this plan may take."""
         return short_of_memory(self.needed_bytes(plan))
 
+    def tighter(self, request: PlanRequest, current: Plan) -> Plan:
+        """The plan after this one, for a run whose memory ran out all the same.
+
+        It is `planner.tightened`, no larger than what can be had now (of a limit that somebody else set, or of a machine
+        that others use), and if nothing is as small, the least there is. What lies below the split stays frozen:
+        checkpoints don't hold it, and it may be stored in half precision.
+
+        Raises: DoesNotFit if nothing needs less than this plan.
+        """
+        splits = tuple(split for split in request.space.splits if split >= current.split_block)
+        space = msgspec.structs.replace(request.space, splits=splits)
+        runtime = current.runtime_bytes
+        request = msgspec.structs.replace(request, space=space, threads=current.threads, runtime_bytes=runtime)
+        cap = runtime + _added_bytes(self.judge, self.meter) + room_bytes() - UNCOUNTED_BYTES
+        try:
+            found = tightened(request, current)
+            if found.predicted_peak_bytes > cap:
+                found = plan(msgspec.structs.replace(request, cap_bytes=cap))
+        except DoesNotFit as error:
+            if error.smallest_cap_bytes >= current.predicted_peak_bytes:
+                raise
+            found = plan(msgspec.structs.replace(request, cap_bytes=error.smallest_cap_bytes))
+        evaluation_batch = min(found.evaluation_batch, current.evaluation_batch)
+        return msgspec.structs.replace(found, cap_bytes=current.cap_bytes, evaluation_batch=evaluation_batch)
+
     def is_out_of_memory(self, error: BaseException, plan: Plan) -> bool:
         # What was needed is known from the plan alone: what the failed step held is still held here.
         needed = plan.predicted_peak_bytes - plan.runtime_bytes
@@ -49,25 +92,40 @@ def guarded(kind: EnforceKind, judge: Judge, meter: MemoryMeter) -> Iterator[Gua
     """Enforce the cap for the length of a with block: what is left of it now is what the process may still grow by.
 
     Simulating, the budget is the device's cap without the device's runtime, on top of this host's runtime.
-    Memory that runs out here, before or after training, ends the run as a passed cap.
 
-    Raises: CapExceeded, and UsageError as `enforce`.
+    Raises: UsageError as `enforce`.
     """
     growth = (
         judge.cap_bytes - judge.device_runtime_bytes if judge.simulated else judge.cap_bytes - judge.host_runtime_bytes
     )
+    growth -= _added_bytes(judge, meter)
+    if by_rlimit(kind, simulated=judge.simulated):
+        growth -= UNCOUNTED_BYTES
     with ExitStack() as stack:
-        limit = stack.enter_context(
-            enforce(kind, growth_bytes=max(1, growth - _added_bytes(judge, meter)), simulated=judge.simulated)
-        )
-        try:
-            yield Guard(judge, meter, limit, stack)
-        except EdgetuneError:
+        limit = stack.enter_context(enforce(kind, growth_bytes=max(1, growth), simulated=judge.simulated))
+        yield Guard(judge, meter, limit, stack)
+
+
+@contextmanager
+def memory_ends(what: str, guard: Guard | None = None) -> Iterator[None]:
+    """Memory that runs out within, where nothing can be done again with less, ends the run as a passed cap.
+
+    The limit is lifted then: whoever tidies up needs some.
+
+    Raises: CapExceeded.
+    """
+    try:
+        yield
+    except Exception as error:
+        left = None if guard is None else left_bytes(guard.limit)
+        if not is_out_of_memory(error, left_bytes=left, needed_bytes=None):
             raise
-        except Exception as error:
-            if not is_out_of_memory(error, left_bytes=left_bytes(limit), needed_bytes=None):
-                raise
-            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-            raise CapExceeded(
-                f"memory ran out outside of training ({reason}). Try a larger --ram-cap, or a smaller model."
-            ) from None
+        reason = reason_of(error)
+        forget(error)
+        if guard is not None:
+            guard.lift()
+        gc.collect()
+        raise CapExceeded(
+            f"memory ran out {what} ({reason}). Free some, try a larger --ram-cap where the device has it, or a smaller "
+            "model."
+        ) from None

@@ -10,13 +10,13 @@ import platform
 
 import msgspec
 
-from edgetune import devices, system
+from edgetune import devices, runtimes, system
 from edgetune.memory import MemoryMeter, MemoryPeaks
 from edgetune.profiles import DeviceProfile
 from edgetune.units import MIB, format_bytes
 
-# A measured runtime differs by a few MiB from run to run; a plan must not.
-RUNTIME_ROUNDING_BYTES = 16 * MIB
+# A measured runtime differs by a part of a MiB from run to run; a plan must not.
+RUNTIME_ROUNDING_BYTES = 2 * MIB
 # For `edgetune plan` where a profile states none: torch 2.9's CPU build 214 MiB and timm 102, measured on an Arm board.
 ASSUMED_RUNTIME_BYTES = 316 * MIB
 # The kernel and firmware keep part of the RAM, so a board's MemTotal is below its label.
@@ -67,6 +67,7 @@ def judge_for(profile: DeviceProfile, ram_cap_bytes: int | None, meter: MemoryMe
     notes: list[str] = []
     measured = meter.mark_runtime().total_bytes
     rounded = -(-measured // RUNTIME_ROUNDING_BYTES) * RUNTIME_ROUNDING_BYTES
+    runtimes.remember(runtimes.versions(), rounded)
     cap = ram_cap_bytes or default_cap_bytes(profile)
     runtime = rounded
     if not here:

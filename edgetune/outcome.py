@@ -10,12 +10,12 @@ import msgspec
 from edgetune import cost
 from edgetune.cost import ViTShape
 from edgetune.data import DataFolder
+from edgetune.job import TrainingState
 from edgetune.judge import Judge
 from edgetune.memory import MemoryPeaks
 from edgetune.planner import Plan
 from edgetune.report import RunReport, verdict_line
 from edgetune.settings import RunSettings
-from edgetune.trainer import TrainingState
 
 PACKAGES = ("edgetune", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")
 

@@ -10,9 +10,11 @@ import msgspec
 from edgetune import system
 from edgetune.backends.base import Backend
 from edgetune.cost import FLOAT_BYTES, ViTShape
-from edgetune.data import DataFolder, Preprocess, bundled_sample, class_weights, default_cache_dir, open_folder
+from edgetune.data import DataFolder, Preprocess, bundled_sample, class_weights, open_folder
+from edgetune.enforce import by_rlimit, rehearse
 from edgetune.errors import BackendUnavailable, UsageError
-from edgetune.judge import Judge, judge_for
+from edgetune.job import Listener
+from edgetune.judge import Judge, is_this_machine, judge_for
 from edgetune.memory import MemoryMeter, limit_allocator
 from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
 from edgetune.optim import OptimizerSettings
@@ -21,7 +23,6 @@ from edgetune.planner import plan as make_plan
 from edgetune.profiles import DeviceProfile
 from edgetune.settings import RunSettings
 from edgetune.shapes import known_shapes
-from edgetune.trainer import Listener
 from edgetune.units import MIB
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def prepare(
             val_share=settings.val_share,
             max_bad=settings.max_bad,
             decode_budget_bytes=decode_budget,
-            cache_dir=default_cache_dir(),
+            cache_dir=system.cache_dir(),
             progress=lambda done, total: listener.progress("check images", done, total),
             preprocess=preprocess,
         )
@@ -167,6 +168,8 @@ def warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) -
     torch.set_num_threads(threads_of(settings, profile))
     pytorch.without_onednn()
     pytorch.warm_up(OptimizerSettings(name=settings.optimizer))
+    if by_rlimit(settings.enforce, simulated=not is_this_machine(profile)):
+        rehearse()
     judge = judge_for(profile, settings.ram_cap_bytes, meter)
     meter.enter("")
     return judge

@@ -33,11 +33,11 @@ from edgetune.checkpoint import (
 from edgetune.cost import Selection
 from edgetune.data import DataFolder
 from edgetune.errors import RunFolderError, UsageError
+from edgetune.job import Listener, StepEvent, TrainingState
 from edgetune.methods import METHODS, Method
 from edgetune.planner import PLAN_FORMAT_VERSION, Plan
 from edgetune.report import MetricsLog, Scores
 from edgetune.settings import StoredRun, check
-from edgetune.trainer import Listener, StepEvent, TrainingState
 
 RUN_FILE, PLAN_FILE, REPORT_FILE = "run.json", "plan.json", "report.json"
 MODEL_FILE, CONFIG_FILE, LABELS_FILE, METRICS_FILE = "model.safetensors", "config.json", "labels.txt", "metrics.csv"

@@ -13,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 import psutil  # type: ignore[import-untyped]
@@ -24,6 +25,16 @@ _NO_LIMIT_BYTES = 2**60
 _KB_LINE = re.compile(rb"^(\S+?):\s+(\d{1,16}) kB$", re.MULTILINE)
 _DIGITS = re.compile(r"[0-9]{1,20}")
 _OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+def cache_dir() -> Path:
+    """$EDGETUNE_CACHE_DIR, or the platform's folder for what can be made again."""
+    chosen = os.environ.get("EDGETUNE_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("edgetune"))
 
 
 def meminfo(root: Path = ROOT) -> dict[str, int]:
@@ -144,6 +155,23 @@ def usable_cores(root: Path = ROOT) -> int:
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota = cpu_quota(root)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+@contextmanager
+def pinned_cores(cores: int | None) -> Iterator[None]:
+    """Keep this thread, and those it starts, on so many of the cores it may use; on all of them where that is no fewer.
+
+    Threads that outnumber the cores they run on cost two to four times as long, so a simulated device gets its own count.
+    """
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
+    if cores is None or cores >= len(allowed):
+        yield
+        return
+    os.sched_setaffinity(0, sorted(allowed)[:cores])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 def _cgroup_folders(controller: str, root: Path) -> Iterator[Path]:

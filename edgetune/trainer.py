@@ -1,173 +1,56 @@
 """The training loop, readable top to bottom. It knows no torch: a backend steps, a plan bounds, ALaST proposes.
 
 Everything random is a function of (seed, step or epoch), and the position in the data is the step count alone, so a run
-resumed from a checkpoint goes on exactly as the run that was never stopped.
+resumed from a checkpoint goes on exactly as the run that was never stopped. `job.py` says what the loop works on,
+`replay.py` what happens when memory runs out.
 """
 
 from __future__ import annotations
 
-import gc
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
-from traceback import clear_frames
-from types import FrameType
-from typing import Protocol, TypeVar
+from contextlib import closing
+from functools import partial
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from edgetune import alast, cost
-from edgetune.backends.base import Backend, Images, Labels, StepResult
-from edgetune.cost import ViTShape
-from edgetune.data import ImageSet, Preprocess, Transform, epoch_order, load_batch, prefetch
-from edgetune.errors import DoesNotFit
-from edgetune.methods import Method, Proposer, proposer
-from edgetune.planner import Plan, fit
+from edgetune.backends.base import Images, Labels, StepResult
+from edgetune.data import ImageSet, epoch_order, load_batch, prefetch
+from edgetune.job import Diverged, Interruption, Job, OverCap, StepEvent
+from edgetune.methods import proposer
+from edgetune.planner import Plan, fit, lightened
+from edgetune.replay import Tightened, tighter_steps, within_memory
 from edgetune.report import Scores, Tally, is_better
-from edgetune.settings import RunSettings
 
 # A loss that is no number this many steps in a row won't become one again: the weights do not change meanwhile.
 MAX_LOST_STEPS = 3
-# Tighter plans that one step is tried under when memory runs out, before the run ends.
-MAX_TIGHTENINGS = 3
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 MicroBatch = tuple[Images, Labels]
-
-
-class Interruption(Exception):
-    """A signal asked the run to stop; the state is consistent. `run` turns it into `errors.Interrupted`."""
-
-
-class Diverged(Exception):
-    """The loss was no finite number, several steps in a row."""
-
-
-class OverCap(Exception):
-    """The measured peak passed the cap."""
-
-
-class NoMemory(Exception):
-    """Memory ran out, and went on doing so under tighter plans."""
-
-
-class TrainingState(msgspec.Struct):
-    """Where a run stands: what a checkpoint keeps besides tensors. Counts and sums since the first step."""
-
-    step: int = 0
-    evaluated_step: int = -1
-    lost_steps: int = 0
-    images: int = 0
-    flops: int = 0
-    token_share_sum: float = 0.0
-    device_peak_bytes: int = 0
-    train_seconds: float = 0.0
-    eval_seconds: float = 0.0
-    total_seconds: float = 0.0
-    epoch_loss_sum: float = 0.0
-    epoch_correct: int = 0
-    epoch_images: int = 0
-    best_epoch: float | None = None
-    best: Scores | None = None
-    before: Scores | None = None
-    alast: alast.AlastState | None = None
-    tightenings: tuple[str, ...] = ()
-
-
-class StepEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One step, as the listener and `metrics.csv` see it."""
-
-    step: int
-    total_steps: int
-    epoch: float
-    loss: float
-    train_accuracy: float
-    learning_rate: float
-    images_per_second: float
-    token_share: float
-    trained_blocks: int
-    memory_bytes: int
-    cap_bytes: int
-    seconds: float
-    eta_seconds: float
-
-
-class Listener(Protocol):
-    """Who watches a run: the terminal, a test, nobody."""
-
-    def note(self, text: str) -> None: ...
-    def progress(self, what: str, done: int, total: int) -> None: ...
-    def step(self, event: StepEvent) -> None: ...
-    def evaluated(self, step: int, epoch: float, scores: Scores, best: bool) -> None: ...
-
-
-@dataclass
-class Job:
-    """All that the loop works on. `run.py` puts it together."""
-
-    settings: RunSettings
-    method: Method
-    plan: Plan
-    shape: ViTShape
-    backend: Backend
-    train_images: ImageSet
-    val_images: ImageSet
-    preprocess: Preprocess
-    class_weights: npt.NDArray[np.float32] | None
-    transform: Transform | None
-    learning_rate: float
-    listener: Listener
-    checkpoint: Callable[[TrainingState], None]
-    keep_best: Callable[[], None]
-    memory_bytes: Callable[[], int]  # the judged peak: of the device where one is simulated, else of this process
-    enter_phase: Callable[[str], None]
-    # What to do about memory: a sentence if too little is left for a step under this plan, whether an error says that it
-    # ran out, a tighter plan (DoesNotFit if there is none), and who is told of it.
-    shortage: Callable[[Plan], str | None] = lambda _plan: None
-    is_out_of_memory: Callable[[BaseException], bool] = lambda error: isinstance(error, MemoryError)
-    tighten: Callable[[Plan], Plan] | None = None
-    tightened: Callable[[Plan, str], None] = lambda _plan, _reason: None
-    decode_budget_bytes: int | None = None
-    state: TrainingState = field(default_factory=TrainingState)
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def classes(self) -> int:
-        return self.shape.classes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.train_images.paths) // self.plan.batch_size)
-
-    @property
-    def total_steps(self) -> int:
-        return self.settings.steps or self.settings.epochs * self.steps_per_epoch
 
 
 def train(job: Job) -> None:
     """Run the loop to its last step.
 
-    Raises: Interruption (a checkpoint is written), Diverged, OverCap (likewise); the state stays consistent in each.
+    Raises: Interruption (a checkpoint is written), OverCap (likewise), Diverged; the state stays consistent in each.
+    NoMemory: then it is that of the last whole step, and the weights are too if `job.is_whole`.
     """
-    state, plan = job.state, job.plan
+    state = job.state
+    job.whole_steps = job.backend.optimizer_steps()
     if state.before is None:
         state.before = evaluate(job, job.val_images)
     if job.method.prunes_tokens and state.alast is None:
-        state.alast = alast.initial_state(job.shape.depth, plan.token_floor, job.settings.alast)
-    propose = proposer(job.method, plan, state.alast, job.settings.alast)
+        state.alast = alast.initial_state(job.shape.depth, job.plan.token_floor, job.settings.alast)
     with closing(_Source(job)) as source:
         while True:
             if _evaluation_due(job) and state.evaluated_step != state.step:
-                _evaluate_and_keep(job)
+                _evaluate_and_keep(job, source)
             if state.step == job.total_steps:
                 return
-            _one_step(job, propose, source)
+            _one_step(job, source)
             every = job.settings.checkpoint_every
             if job.stop.is_set():
                 job.checkpoint(state)
@@ -176,42 +59,7 @@ def train(job: Job) -> None:
                 job.checkpoint(state)
 
 
-T = TypeVar("T")
-
-
-def _within_memory(job: Job, work: Callable[[], T], give_back: Callable[[], None], *, check: bool) -> T:
-    """`work`, tried again under a tighter plan when memory runs out, or when too little is left to begin.
-
-    `give_back` lets go of what the failed attempt left. A failed attempt leaves nothing: the same images are seen with
-    the same randomness, so that no sample is lost and the order stays.
-
-    Raises: NoMemory if there is no tighter plan, or MAX_TIGHTENINGS of them did not help.
-    """
-    for attempt in range(MAX_TIGHTENINGS + 1):
-        reason = job.shortage(job.plan) if check else None
-        if reason is None:
-            try:
-                return work()
-            except Exception as error:
-                if not job.is_out_of_memory(error):
-                    raise
-                reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-                # The frames of what failed hold its tensors.
-                clear_frames(error.__traceback__)
-                error.__traceback__ = None
-        give_back()
-        gc.collect()
-        if attempt == MAX_TIGHTENINGS or job.tighten is None:
-            break
-        try:
-            job.plan = job.tighten(job.plan)
-        except DoesNotFit:
-            break
-        job.tightened(job.plan, reason)
-    raise NoMemory(reason)
-
-
-def _one_step(job: Job, propose: Proposer, source: _Source) -> None:
+def _one_step(job: Job, source: _Source) -> None:
     state = job.state
     indices = _step_indices(job, state.step)
     images = len(indices)
@@ -219,23 +67,25 @@ def _one_step(job: Job, propose: Proposer, source: _Source) -> None:
     weight_sum = _weight_sum(job, indices)
 
     def attempt() -> tuple[cost.Selection, StepResult]:
-        selection = fit(propose(alast.step_rng(job.settings.seed, state.step)), job.plan)
+        plan = job.plan
+        propose = proposer(job.method, plan, state.alast, job.settings.alast)
+        selection = fit(propose(alast.step_rng(job.settings.seed, state.step)), plan)
+        selection = lightened(job.shape, selection, plan)
         result = job.backend.step(
-            islice(source.batches(), -(-images // job.plan.micro_batch)),
+            source.of_step(state.step),
             selection,
             images=images,
             weight_sum=weight_sum,
             learning_rate=learning_rate,
             seed=_step_seed(job.settings.seed, state.step),
             with_deltas=state.alast is not None,
-            # The last step of an epoch may be cut into fewer parts than the plan's, never into more.
-            updates_in_backward=job.plan.updates_in_backward,
-            keeps_state=job.plan.keeps_state,
+            updates_in_backward=plan.updates_in_backward,
+            keeps_state=plan.keeps_state,
         )
         return selection, result
 
     began = time.monotonic()
-    selection, result = _within_memory(job, attempt, source.close, check=True)
+    selection, result = within_memory(job, f"step {state.step + 1}", attempt, source.close, needs_room=True)
     seconds = time.monotonic() - began
     plan = job.plan
     if state.alast is not None and result.class_token_deltas is not None and result.updated:
@@ -244,6 +94,7 @@ def _one_step(job: Job, propose: Proposer, source: _Source) -> None:
         alpha = job.learning_rate * plan.batch_size if alpha is None else alpha
         alast.update(state.alast, list(result.class_token_deltas), alpha=alpha, floor=plan.token_floor)
     state.step += 1
+    job.whole_steps = job.backend.optimizer_steps()
     state.lost_steps = 0 if result.updated else state.lost_steps + 1
     state.images += images
     state.flops += cost.step_flops(job.shape, selection, images)
@@ -294,11 +145,11 @@ def _evaluation_due(job: Job) -> bool:
     return step == job.total_steps or (step > 0 and step % job.steps_per_epoch == 0)
 
 
-def _evaluate_and_keep(job: Job) -> None:
+def _evaluate_and_keep(job: Job, source: _Source) -> None:
     state = job.state
     epoch = state.step / job.steps_per_epoch
     try:
-        scores = evaluate(job, job.val_images)
+        scores = evaluate(job, job.val_images, source.close)
     except Interruption:
         job.checkpoint(state)
         raise
@@ -321,14 +172,28 @@ def _better(scores: Scores, best: Scores, *, balanced: bool) -> bool:
     return is_better(new, old)
 
 
-def evaluate(job: Job, images: ImageSet) -> Scores:
-    """Accuracy and loss on all tokens. Raises: Interruption between batches, if a stop was asked for; NoMemory."""
+def evaluate(job: Job, images: ImageSet, give_back: Callable[[], None] = lambda: None) -> Scores:
+    """Accuracy and loss on all tokens. Raises: Interruption between batches, if a stop was asked for; NoMemory.
+
+    `give_back` lets go of what waits to be trained on, where memory runs out.
+    """
     began = time.monotonic()
     job.enter_phase("evaluate")
-    scores = _within_memory(job, lambda: _evaluate(job, images), lambda: None, check=False)
+    what = f"evaluation after step {job.state.step}"
+    lighter = partial(_lighter_evaluation, job, len(images.paths))
+    scores = within_memory(job, what, lambda: _evaluate(job, images), give_back, lighter)
     job.enter_phase("train")
     job.state.eval_seconds += time.monotonic() - began
     return scores
+
+
+def _lighter_evaluation(job: Job, images: int, current: Plan) -> Tightened:
+    """A quarter of the images at once: three times that make one of 64. How steps are done stays as it is till then."""
+    size = min(current.evaluation_batch, images)
+    if size == 1:
+        return tighter_steps(job)(current)
+    size = -(-size // 4)
+    return Tightened(msgspec.structs.replace(current, evaluation_batch=size), f"in batches of {size}")
 
 
 def _evaluate(job: Job, images: ImageSet) -> Scores:
@@ -372,41 +237,61 @@ def _step_indices(job: Job, step: int) -> npt.NDArray[np.int64]:
     return order[place * job.plan.batch_size : (place + 1) * job.plan.batch_size]
 
 
+class _Part(NamedTuple):
+    """One micro-batch, and where it belongs."""
+
+    step: int
+    is_last: bool
+    batch: MicroBatch
+
+
 class _Source:
-    """The micro-batches of the run from its current step on; closed, it begins there anew, cut as the plan then says."""
+    """The images of the run from its current step on, loaded one micro-batch ahead.
+
+    Closed, it begins anew at the step at hand, cut as the plan then says.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._batches: Generator[MicroBatch, None, None] | None = None
+        self._parts: Generator[_Part, None, None] | None = None
 
-    def batches(self) -> Generator[MicroBatch, None, None]:
-        if self._batches is None:
-            self._batches = _micro_batches(self._job)
-        return self._batches
+    def of_step(self, step: int) -> Iterator[MicroBatch]:
+        """The micro-batches of one step. What an earlier step, which ended early, left is passed over."""
+        if self._parts is None:
+            self._parts = _parts(self._job)
+        for part in self._parts:
+            if part.step == step:
+                yield part.batch
+                if part.is_last:
+                    return
 
     def close(self) -> None:
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
+        if self._parts is not None:
+            self._parts.close()
+            self._parts = None
 
 
-def _micro_batches(job: Job) -> Generator[MicroBatch, None, None]:
-    """Every micro-batch from the current step to the end of the run, loaded one ahead."""
+def _parts(job: Job) -> Generator[_Part, None, None]:
+    """Every micro-batch from the current step to the end of the run."""
+    size, first, end = job.plan.micro_batch, job.state.step, job.total_steps
 
-    def produce() -> Iterator[MicroBatch]:
-        for step in range(job.state.step, job.total_steps):
+    def load(step: int, indices: npt.NDArray[np.int64]) -> MicroBatch:
+        return load_batch(
+            job.train_images,
+            indices,
+            job.preprocess,
+            seed=job.settings.seed,
+            epoch=step // job.steps_per_epoch,
+            hflip=job.settings.hflip,
+            transform=job.transform,
+            decode_budget_bytes=job.decode_budget_bytes,
+        )
+
+    def produce() -> Iterator[_Part]:
+        for step in range(first, end):
             indices = _step_indices(job, step)
-            for start in range(0, len(indices), job.plan.micro_batch):
-                yield load_batch(
-                    job.train_images,
-                    indices[start : start + job.plan.micro_batch],
-                    job.preprocess,
-                    seed=job.settings.seed,
-                    epoch=step // job.steps_per_epoch,
-                    hflip=job.settings.hflip,
-                    transform=job.transform,
-                    decode_budget_bytes=job.decode_budget_bytes,
-                )
+            for start in range(0, len(indices), size):
+                yield _Part(step, start + size >= len(indices), load(step, indices[start : start + size]))
 
     # timm's augmentation draws from global generators, so it must run between steps, in this thread.
     return prefetch(produce(), depth=0 if job.transform is not None else 1)
@@ -422,30 +307,3 @@ def _weight_sum(job: Job, indices: npt.NDArray[np.int64]) -> float:
 def _step_seed(seed: int, step: int) -> int:
     """The seed of torch's generator in one step (dropout, drop path)."""
     return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0]) >> 1
-
-
-@contextmanager
-def stop_on_signals(stop: threading.Event) -> Iterator[list[int]]:
-    """Ctrl-C, SIGTERM and SIGHUP (a terminal that went) ask for a stop after the step at hand; a second one interrupts at once.
-
-    Yields the list of signals that came. Outside the main thread signals stay as they are.
-    """
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        came.append(number)
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    # What was ignored when we started (nohup, a job in the background of a script) stays ignored.
-    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, handle) for number in wanted}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -27,7 +27,12 @@ def make_images(root: Path, counts: Mapping[str, int], size: int = 32, seed: int
 
 
 class FakeBackend:
-    """A linear classifier in numpy: everything of the protocol, nothing of torch. It records what it was asked."""
+    """A linear classifier in numpy: everything of the protocol, nothing of torch. It records what it was asked.
+
+    `fail_at` are calls of `step` (from 1) with a loss that is no number. `raises[done]` are raised by the next calls
+    after `done` whole steps, one each, when `raises_after` micro-batches are computed; `evaluation_raises` by the next
+    calls of `evaluate`, None letting one through.
+    """
 
     name = "fake"
 
@@ -38,6 +43,11 @@ class FakeBackend:
         self.batches: list[list[int]] = []
         self.rates: list[float] = []
         self.fail_at: set[int] = set()
+        self.raises: dict[int, list[Exception]] = {}
+        self.raises_after = 1
+        self.evaluation_raises: list[Exception | None] = []
+        self.evaluated: list[int] = []
+        self.seen: list[list[bytes]] = []  # of each whole step, its images in order
         self._steps = 0
 
     def step(
@@ -54,7 +64,11 @@ class FakeBackend:
         keeps_state: bool = True,
     ) -> StepResult:
         gradient, loss, correct, sizes = np.zeros_like(self.weight), 0.0, 0, []
+        planned, seen = self.raises.get(self._steps), []
         for inputs, labels in micro_batches:
+            if planned and len(sizes) == self.raises_after:
+                raise planned.pop(0)
+            seen += [image.tobytes() for image in inputs]
             flat = inputs.reshape(len(labels), -1)
             probabilities = _softmax(flat @ self.weight)
             rows = np.arange(len(labels))
@@ -63,17 +77,26 @@ class FakeBackend:
             probabilities[rows, labels] -= 1
             gradient += flat.T @ probabilities.astype(np.float32)
             sizes.append(len(labels))
+            if self._steps + 1 in self.fail_at:
+                break
+        if planned:
+            raise planned.pop(0)
         self._steps += 1
+        self.seen.append(seen)
         self.selections.append(selection)
         self.batches.append(sizes)
         self.rates.append(learning_rate)
         if self._steps in self.fail_at:
             return StepResult(loss=float("nan"), correct=0, images=images, class_token_deltas=None, updated=False)
         self.weight -= learning_rate * gradient / weight_sum
-        deltas = tuple(0.1 * (block + 1) + 0.01 * seed % 1 for block in range(self.depth)) if with_deltas else None
+        deltas = tuple(0.1 * (block + 1) + seed % (97 + block) / 970 for block in range(self.depth)) if with_deltas else None
         return StepResult(loss=loss / weight_sum, correct=correct, images=images, class_token_deltas=deltas)
 
     def evaluate(self, inputs: Images) -> Array:
+        error = self.evaluation_raises.pop(0) if self.evaluation_raises else None
+        if error is not None:
+            raise error
+        self.evaluated.append(len(inputs))
         return inputs.reshape(len(inputs), -1) @ self.weight
 
     def model_tensors(self) -> Mapping[str, Array]:

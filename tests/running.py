@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edgetune.job import StepEvent
 from edgetune.report import RunReport, Scores
 from edgetune.settings import RunSettings
-from edgetune.trainer import StepEvent
 
 SECONDS = 120  # a run of a few steps takes five; the machine may be busy
 

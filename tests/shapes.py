@@ -18,13 +18,19 @@ def make_shape(
     prefix_tokens: int = 1,
     classes: int = 10,
     name: str = "vit",
+    layer_scale: bool = False,
+    qk_norm: bool = False,
+    pre_norm: bool = False,
+    gated_mlp: bool = False,
     **others: Any,
 ) -> ViTShape:
-    """A plain ViT's shape, its parameters counted as timm has them."""
+    """A ViT's shape, its parameters counted as timm has them."""
     hidden = mlp_ratio * width
-    block = 2 * 2 * width + 4 * width * (width + 1) + (width + 1) * hidden + (hidden + 1) * width
+    fc1 = (width + 1) * hidden * (2 if gated_mlp else 1)
+    block = 2 * 2 * width + 4 * width * (width + 1) + fc1 + (hidden + 1) * width
+    block += (2 * width if layer_scale else 0) + (4 * (width // heads) if qk_norm else 0)
     patch = 3 * patch_px**2 * width
-    embed = patch + width + (grid**2 + prefix_tokens) * width + prefix_tokens * width
+    embed = patch + width + (grid**2 + prefix_tokens) * width + prefix_tokens * width + (2 * width if pre_norm else 0)
     return ViTShape(
         name=name,
         depth=depth,
@@ -40,8 +46,14 @@ def make_shape(
         embed_parameters=embed,
         block_parameters=block,
         head_parameters=2 * width + (width + 1) * classes,
-        largest_parameter=max(patch, hidden * width, 3 * width * width, (grid**2 + prefix_tokens) * width),
-        **others,
+        largest_parameter=max(
+            patch, hidden * width * (2 if gated_mlp else 1), 3 * width * width, (grid**2 + prefix_tokens) * width
+        ),
+        layer_scale=layer_scale,
+        qk_norm=qk_norm,
+        pre_norm=pre_norm,
+        gated_mlp=gated_mlp,
+        **({"hidden_layers": 4 if gated_mlp else 2} | others),
     )
 
 

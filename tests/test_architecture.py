@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "system": set(),
     "allocator": {"units"},
     "process": {"system", "units"},
+    "runtimes": {"system"},
     "memory": {"allocator", "process", "system", "units"},
     "enforce": {"errors", "process", "system", "units"},
     # Devices.
@@ -37,37 +38,44 @@ ARROWS: dict[str, set[str]] = {
     "methods": {"alast", "cost", "errors", "optim", "planner"},
     "shapes": {"cost", "errors", "units"},
     # Files in and out.
-    "data": {"errors", "units"},
+    "data": {"errors", "system", "units"},
     "checkpoint": {"errors", "units"},
     "report": {"checkpoint", "data", "errors", "units"},
-    "settings": {"alast", "data", "errors", "methods", "optim"},
+    "settings": {"alast", "data", "enforce", "errors", "methods", "optim", "planner"},
     # What knows torch.
     "vit": {"checkpoint", "cost", "data", "errors", "shapes"},
     "backends": {"cost", "errors", "optim", "vit"},
     # A run.
-    "trainer": {"alast", "backends", "cost", "data", "errors", "methods", "planner", "report", "settings"},
-    "judge": {"devices", "errors", "memory", "profiles", "system", "units"},
+    "job": {"alast", "backends", "cost", "data", "errors", "methods", "planner", "report", "settings"},
+    "replay": {"errors", "job", "planner", "units"},
+    "trainer": {"alast", "backends", "cost", "data", "job", "methods", "planner", "replay", "report"},
+    "judge": {"devices", "errors", "memory", "profiles", "runtimes", "system", "units"},
+    "guard": {"enforce", "errors", "judge", "memory", "planner", "replay", "units"},
     "store": {
-        "backends", "checkpoint", "cost", "data", "errors", "methods", "planner", "report", "settings", "trainer", "units",
+        "backends", "checkpoint", "cost", "data", "errors", "job", "methods", "planner", "report", "settings", "units",
     },
     "outcome": {
-        "cost", "data", "errors", "judge", "memory", "planner", "report", "settings", "store", "trainer", "units",
+        "cost", "data", "errors", "job", "judge", "memory", "planner", "report", "settings", "store", "units",
     },
     "inference": {
         "backends", "checkpoint", "data", "errors", "memory", "report", "settings", "store", "system", "units", "vit",
     },
     "prepare": {
-        "backends", "cost", "data", "errors", "judge", "memory", "methods", "optim", "planner", "profiles", "settings",
-        "shapes", "system", "trainer", "units", "vit",
+        "backends", "cost", "data", "enforce", "errors", "job", "judge", "memory", "methods", "optim", "planner",
+        "profiles", "settings", "shapes", "system", "units", "vit",
+    },
+    "session": {
+        "backends", "checkpoint", "data", "errors", "guard", "job", "methods", "outcome", "planner", "prepare",
+        "replay", "report", "store", "trainer",
     },
     "run": {
-        "backends", "checkpoint", "data", "devices", "errors", "memory", "methods", "outcome", "prepare", "report",
-        "settings", "store", "trainer", "vit",
+        "backends", "checkpoint", "devices", "errors", "guard", "job", "memory", "prepare", "report", "session",
+        "settings", "system", "store", "vit",
     },
     # What people type.
     "cli": {
-        "alast", "cost", "data", "devices", "errors", "inference", "judge", "methods", "planner", "profiles", "report",
-        "run", "settings", "shapes", "trainer", "units", "vit",
+        "alast", "cost", "data", "devices", "errors", "inference", "job", "judge", "methods", "planner", "profiles",
+        "report", "run", "runtimes", "settings", "shapes", "system", "units", "vit",
     },
     "__main__": {"cli", "errors"},
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ ROTATION = [
 ]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "sgd"])
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
 def test_after_every_change_of_the_trained_set_what_trains_moves_and_all_else_is_bit_equal(
     optimizer: OptimizerName,
 ) -> None:
@@ -203,7 +204,7 @@ def test_a_loss_that_is_no_number_leaves_everything_unchanged(bad_batch: int) ->
     assert not _changed(_values(backend), _values(other))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "sgd"])
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
 def test_a_restored_backend_goes_on_bit_identically(optimizer: OptimizerName) -> None:
     straight = _backend(optimizer)
     for number, selection in enumerate(ROTATION[:2]):
@@ -301,7 +302,7 @@ def test_the_peak_is_looked_at_in_every_micro_batch() -> None:
     assert len(held) == 3
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "momentum", "sgd"])
+@pytest.mark.parametrize("optimizer", get_args(OptimizerName))
 def test_the_warm_up_runs(optimizer: OptimizerName) -> None:
     warm_up(OptimizerSettings(name=optimizer))
 

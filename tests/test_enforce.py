@@ -43,7 +43,7 @@ def told(error):
 def _run(script: str, setting: str = "import numpy as np\n") -> Any:
     """The JSON that a fresh process prints last; it must not have been killed."""
     done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + setting + script], capture_output=True, text=True, check=False
+        [sys.executable, "-c", PRELUDE + setting + script], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, (done.returncode, done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
@@ -82,7 +82,7 @@ def test_threads_that_start_under_the_limit_take_nothing_of_it() -> None:
 with enforced(48) as limit:
     before = left_bytes(limit)
     done = threading.Event()
-    threads = [threading.Thread(target=done.wait) for _ in range(4)]
+    threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     after = left_bytes(limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -12,7 +12,8 @@ from shapes import make_shape
 from edgetune.alast import AlastSettings, AlastState, initial_state
 from edgetune.cost import Selection
 from edgetune.errors import UnsupportedModel, UsageError
-from edgetune.methods import METHODS, check_model, proposer, space_of
+from edgetune.methods import EMBEDDINGS, METHODS, adaptive_obstacle, check_model, proposer, space_of
+from edgetune.optim import OptimizerName
 from edgetune.planner import MethodSpace, Plan, PlanRequest, plan
 from edgetune.units import MIB
 
@@ -34,14 +35,28 @@ def _plan(method: str, cap_mib: float = 100_000, **options: Any) -> Plan:
 
 def test_full_trains_everything_and_leaves_nothing_to_choose() -> None:
     space = _space("full")
-    assert (space.splits, space.trained_blocks, space.embeddings_train) == ((0,), {0: (DEPTH,)}, True)
+    assert (space.splits, space.trained_blocks) == ((0,), {0: (DEPTH,)})
+    assert space.embeddings == (True, False)  # frozen where memory binds
     assert not space.draws
     assert not space.prunes_tokens
 
 
 def test_head_trains_no_block() -> None:
     space = _space("head")
-    assert (space.splits, space.trained_blocks, space.embeddings_train) == ((DEPTH,), {DEPTH: (0,)}, False)
+    assert (space.splits, space.trained_blocks, space.embeddings) == ((DEPTH,), {DEPTH: (0,)}, (False,))
+
+
+def test_embeddings_train_or_freeze_as_asked_under_full_alone() -> None:
+    full = METHODS["full"]
+    asked = {
+        choice: space_of(full, SHAPE, trained_blocks=None, split_block=None, embeddings=choice).embeddings
+        for choice in EMBEDDINGS
+    }
+    assert asked == {"auto": (True, False), "train": (True,), "freeze": (False,)}
+    for name in ("head", "last-k", "random-k", "alast"):
+        assert _space(name).embeddings == (False,)
+        with pytest.raises(UsageError, match=f"--embeddings train: --method {name} leaves them frozen"):
+            space_of(METHODS[name], SHAPE, trained_blocks=None, split_block=None, embeddings="train")
 
 
 def test_last_k_prefers_a_third_and_goes_down_to_one() -> None:
@@ -127,6 +142,19 @@ def test_a_model_that_alast_cannot_train_is_refused_with_what_works() -> None:
         check_model(METHODS[name], SHAPE, "it has no class token")
 
 
+@pytest.mark.parametrize(
+    ("lacks", "words"),
+    [
+        ({"class_token": False}, "no class token"),
+        ({"token_pool": False}, "does not read the class token"),
+        ({"fused_qkv": False}, "attn.qkv"),
+    ],
+)
+def test_what_a_model_lacks_for_alast_is_named(lacks: dict[str, bool], words: str) -> None:
+    assert adaptive_obstacle(SHAPE) is None
+    assert words in (adaptive_obstacle(make_shape(**lacks)) or "")
+
+
 def _steps(method: str, chosen: Plan, count: int = 50, state: AlastState | None = None) -> list[Selection]:
     propose = proposer(METHODS[method], chosen, state, AlastSettings())
     return [propose(random.Random(step)) for step in range(count)]
@@ -161,7 +189,7 @@ def test_alast_asks_for_what_its_budgets_say_now() -> None:
 
 def test_every_method_has_a_rate_for_every_optimizer() -> None:
     for method in METHODS.values():
-        assert set(method.learning_rate) == {"adamw", "momentum", "sgd"}
+        assert set(method.learning_rate) == set(get_args(OptimizerName)) == {"adamw", "momentum", "sgd", "adafactor"}
         assert all(0 < rate <= 1 for rate in method.learning_rate.values())
         assert method.help
 

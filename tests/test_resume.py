@@ -143,9 +143,9 @@ def test_a_run_stopped_in_an_evaluation_goes_on_to_the_same_end(
     witness.progress = progress  # type: ignore[method-assign]
     options = RUN | {"val_share": 0.2}
     with pytest.MonkeyPatch.context() as patch:
-        from edgetune import planner
+        from edgetune.planner import phases
 
-        patch.setattr(planner, "MAX_EVALUATION_BATCH", 4)
+        patch.setattr(phases, "MAX_EVALUATION_BATCH", 4)
         with pytest.raises(Interrupted):
             finetune(images, tmp_path / "r", witness, **options)
     assert read_report(tmp_path / "r").steps == [0, 4, 8][evaluation - 1]
@@ -172,14 +172,14 @@ def test_before_the_first_evaluation_the_saved_model_is_that_of_the_last_step(im
 def test_a_stop_that_no_signal_asked_for_is_an_interruption_too(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgetune import run
+    from edgetune import session
 
     def stop_at_once(job: Any) -> None:
         job.stop.set()
         train(job)
 
-    train = run.train
-    monkeypatch.setattr(run, "train", stop_at_once)
+    train = session.train
+    monkeypatch.setattr(session, "train", stop_at_once)
     with pytest.raises(Interrupted) as error:
         finetune(images, tmp_path / "r", **RUN)
     assert error.value.exit_code == 130

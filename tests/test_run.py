@@ -346,7 +346,7 @@ def test_a_plan_of_another_model_or_image_size_is_refused(
         {"ever_trained_blocks": 0},
         {"accumulation": 99},
         {"predicted_peak_bytes": -5},
-        {"optimizer": "adafactor"},
+        {"optimizer": "lion"},
         {"surprise": 1},
     ],
     ids=lambda wrong: next(iter(wrong)),

@@ -29,7 +29,7 @@ from edgetune.backends.pytorch import TorchBackend, warm_up
 from edgetune.checkpoint import create_run_folder, save_base
 from edgetune.optim import OptimizerSettings
 from edgetune.store import checkpoint_writer, restore, trainable_space, write_model
-from edgetune.trainer import TrainingState
+from edgetune.job import TrainingState
 
 folder = Path(sys.argv[1])
 # All that the store asks of a plan: the last two of four blocks train, and the head.

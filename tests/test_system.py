@@ -239,3 +239,13 @@ def test_this_machine_makes_sense() -> None:
     assert 0 < system.available_ram_bytes() <= system.total_ram_bytes()
     assert 1 <= system.usable_cores() <= (os.cpu_count() or 1)
     assert system.process_status()["VmRSS"] > MIB
+
+
+def test_a_device_with_fewer_cores_keeps_to_as_many_and_gives_them_back() -> None:
+    before = os.sched_getaffinity(0)
+    with system.pinned_cores(1):
+        assert len(os.sched_getaffinity(0)) == 1
+        assert system.usable_cores() == 1
+    assert os.sched_getaffinity(0) == before
+    with system.pinned_cores(len(before)), system.pinned_cores(None), system.pinned_cores(10_000):
+        assert os.sched_getaffinity(0) == before

@@ -8,99 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 from doubles import FakeBackend, make_images
+from jobs import copy_of, make_job
 
 from edgetune.alast import AlastState
-from edgetune.cost import ViTShape
-from edgetune.data import Preprocess, class_weights, open_folder
-from edgetune.methods import METHODS, space_of
-from edgetune.planner import PlanRequest, plan
+from edgetune.job import Diverged, Interruption, Job, OverCap, StepEvent, TrainingState
 from edgetune.report import Scores
-from edgetune.settings import RunSettings
-from edgetune.trainer import Diverged, Interruption, Job, OverCap, StepEvent, TrainingState, _better, rate_at, train
-from edgetune.units import GIB, MIB
-
-PREPROCESS = Preprocess(height_px=8, width_px=8, crop_pct=1.0)
-
-
-class Watcher:
-    def __init__(self) -> None:
-        self.steps: list[StepEvent] = []
-        self.evaluations: list[tuple[int, float, Scores, bool]] = []
-
-    def note(self, text: str) -> None: ...
-    def progress(self, what: str, done: int, total: int) -> None: ...
-
-    def step(self, event: StepEvent) -> None:
-        self.steps.append(event)
-
-    def evaluated(self, step: int, epoch: float, scores: Scores, best: bool) -> None:
-        self.evaluations.append((step, epoch, scores, best))
-
-
-def make_shape(depth: int = 4, classes: int = 2) -> ViTShape:
-    return ViTShape(
-        name="tiny",
-        depth=depth,
-        width=16,
-        heads=2,
-        head_width=8,
-        mlp_width=64,
-        patch_tokens=16,
-        prefix_tokens=1,
-        classes=classes,
-        image_px=(8, 8),
-        patch_px=(2, 2),
-        embed_parameters=500,
-        block_parameters=3000,
-        head_parameters=100,
-        largest_parameter=1024,
-    )
-
-
-def make_job(folder: Path, **changes: Any) -> tuple[Job, Watcher, list[TrainingState]]:
-    """A job over the images of `folder`; keyword arguments change its settings."""
-    settings = RunSettings(
-        **{"model": "tiny", "epochs": 3, "batch_size": 8, "learning_rate": 0.1, "warmup_epochs": 0.0, **changes}
-    )
-    data = open_folder(folder, seed=settings.seed, preprocess=PREPROCESS)
-    shape, method = make_shape(), METHODS[settings.method]
-    made = plan(
-        PlanRequest(
-            shape=shape,
-            space=space_of(method, shape, trained_blocks=settings.trained_blocks, split_block=settings.split_block),
-            batch_size=settings.batch_size,
-            optimizer="adamw",
-            cap_bytes=GIB,
-            runtime_bytes=100 * MIB,
-            accumulation=settings.accumulation,
-        )
-    )
-    watcher, saved = Watcher(), []
-    job = Job(
-        settings=settings,
-        method=method,
-        plan=made,
-        shape=shape,
-        backend=FakeBackend(2, 3 * 8 * 8),
-        train_images=data.train,
-        val_images=data.val,
-        preprocess=PREPROCESS,
-        class_weights=class_weights(data.train.labels, 2) if settings.balanced_class_weights else None,
-        transform=None,
-        learning_rate=0.1,
-        listener=watcher,
-        checkpoint=lambda state: saved.append(_copy(state)),
-        keep_best=lambda: None,
-        memory_bytes=lambda: 200 * MIB,
-        enter_phase=lambda _phase: None,
-    )
-    return job, watcher, saved
-
-
-def _copy(state: TrainingState) -> TrainingState:
-    import msgspec
-
-    return msgspec.convert(msgspec.to_builtins(state), TrainingState)
+from edgetune.trainer import _better, rate_at, train
 
 
 def test_every_epoch_sees_every_training_image_once_and_ends_with_an_evaluation(image_folder: Path) -> None:
@@ -152,7 +65,7 @@ def test_a_run_resumed_at_any_step_goes_on_with_the_same_losses(image_folder: Pa
             weights: list[Any] = weights,
             saved: list[TrainingState] = saved,
         ) -> None:
-            saved.append(_copy(state))
+            saved.append(copy_of(state))
             weights.append(backend.weight.copy())
 
         first.checkpoint = keep
@@ -202,6 +115,19 @@ def test_a_lost_step_is_skipped_and_three_in_a_row_end_the_run(image_folder: Pat
     with pytest.raises(Diverged):
         train(lost)
     assert lost.state.step == 4
+
+
+def test_a_step_that_ends_early_leaves_none_of_its_images_to_the_next(image_folder: Path) -> None:
+    whole, _, _ = make_job(image_folder)
+    train(whole)
+    lost, _, _ = make_job(image_folder, accumulation=4)
+    assert isinstance(whole.backend, FakeBackend)
+    assert isinstance(lost.backend, FakeBackend)
+    lost.backend.fail_at = {1, 4, 5}  # it ends after the first of four micro-batches
+    train(lost)
+    assert [len(seen) for seen in lost.backend.seen] != [len(seen) for seen in whole.backend.seen]
+    for number, (seen, all_of_it) in enumerate(zip(lost.backend.seen, whole.backend.seen, strict=True), 1):
+        assert seen == all_of_it[: 2 if number in lost.backend.fail_at else None]
 
 
 def test_a_run_over_its_cap_stops_with_a_checkpoint(image_folder: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from edgetune.backends.base import Array, Images, Labels, StepResult
-from edgetune.cost import Selection, all_tokens_kept
+from edgetune.cost import Recompute, Selection, all_tokens_kept
+from edgetune.errors import UnsupportedModel
 from edgetune.optim import Optimizer, OptimizerSettings, state_shapes
 from edgetune.vit.half import store_half
 from edgetune.vit.loop import apply_selection, forward, region_of, shape_of, trains
@@ -64,10 +67,14 @@ class TorchBackend:
         torch.manual_seed(seed)
         loss_sum, correct = 0.0, 0
         deltas = [0.0] * selection.depth
-        updating = _UpdatesInBackward(self.optimizer, trained, learning_rate) if updates_in_backward else None
+        updating = _UpdatesInBackward(self.optimizer, learning_rate) if updates_in_backward else None
         finite = True
         try:
-            for inputs, labels in micro_batches:
+            if updating is not None:
+                updating.begin(trained)
+            for number, (inputs, labels) in enumerate(micro_batches):
+                if number and updating is not None:
+                    raise ValueError("updates in the backward take one micro-batch: what the first one gave is used up")
                 target = torch.from_numpy(labels)
                 logits, batch_deltas = forward(self.model, torch.from_numpy(inputs), selection, with_deltas=with_deltas)
                 loss = self._loss_sum(logits, target) / weight_sum
@@ -125,7 +132,14 @@ class TorchBackend:
     def _select(self, selection: Selection) -> None:
         wanted = (selection.trains, selection.embeddings_train)  # what is recomputed changes no flag
         if wanted != self._selected:
+            self._selected = None
             apply_selection(self.model, selection)
+            for name, value in self.model.named_parameters():
+                if value.requires_grad and value.dtype != torch.float32:
+                    raise UnsupportedModel(
+                        f"{name} is stored as {value.dtype} and can't train. Try float32 weights for frozen blocks, or a "
+                        "higher split."
+                    )
             self._selected = wanted
 
     def evaluate(self, inputs: Images) -> Array:
@@ -201,17 +215,17 @@ class _UpdatesInBackward:
     A gradient that is no finite number updates nothing, and from then on nothing below it is updated in this step.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, trained: list[tuple[str, torch.nn.Parameter]], learning_rate: float
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, learning_rate: float) -> None:
         self.finite = True
         self._optimizer, self._learning_rate = optimizer, learning_rate
-        optimizer.reserve(trained)
-        optimizer.reserve_scratch(trained)  # before anything changes
-        self._handles = [
-            value.register_post_accumulate_grad_hook(partial(self._update, name))  # type: ignore[no-untyped-call]
-            for name, value in trained
-        ]
+        self._handles: list[Any] = []
+
+    def begin(self, trained: list[tuple[str, torch.nn.Parameter]]) -> None:
+        self._optimizer.reserve(trained)
+        self._optimizer.reserve_scratch(trained)  # before anything changes
+        for name, value in trained:
+            hook = partial(self._update, name)
+            self._handles.append(value.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def _update(self, name: str, parameter: Tensor) -> None:
         if self.finite:
@@ -235,20 +249,25 @@ def without_onednn() -> None:
 
 
 def warm_up(optimizer: OptimizerSettings) -> None:
-    """One training step and one evaluation of a model of no size, so that the code that any run needs is in memory.
+    """Steps and an evaluation of a small model in every way a run may take, so that the code that it needs is in memory.
 
-    What the process holds after it is the runtime; what comes later is training.
+    What the process holds after it is the runtime; what comes later is training. (Kernels differ with the size of what
+    they are given, so it is no smaller than it is.)
     """
-    model = VisionTransformer(img_size=32, patch_size=16, embed_dim=48, depth=2, num_heads=3, num_classes=2)
+    model = VisionTransformer(img_size=64, patch_size=8, embed_dim=96, depth=2, num_heads=3, num_classes=10)
     backend = TorchBackend(model, optimizer)
-    inputs, labels = np.zeros((1, 3, 32, 32), np.float32), np.zeros(1, np.int64)
-    backend.step(
-        [(inputs, labels)],
-        Selection((True, True), (4, 2), embeddings_train=True),
-        images=1,
-        weight_sum=1.0,
-        learning_rate=0.0,
-        seed=0,
-        with_deltas=True,
-    )
+    inputs, labels = np.zeros((4, 3, 64, 64), np.float32), np.zeros(4, np.int64)
+    for parts, level, in_backward in ((1, Recompute.MLP, True), (2, Recompute.BLOCK, False)):
+        backend.step(
+            [(inputs, labels)] * parts,
+            Selection((True, True), (64, 40), embeddings_train=True, recompute=(level, level)),
+            images=4 * parts,
+            weight_sum=4.0 * parts,
+            learning_rate=0.0,
+            seed=0,
+            with_deltas=True,
+            updates_in_backward=in_backward,
+        )
     backend.evaluate(inputs)
+    del model, backend
+    gc.collect()  # hooks and modules refer to one another: left alone, they would count as runtime for a while

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from edgetune.profiles import DeviceProfile
 
 BAR_CELLS = 40
+# Decoding an image of the model's own size, as `edgetune.data` counts it; photographs take more, and a run looks at them.
+_SMALL_DECODE_BYTES = MIB
 
 
 def plan(
@@ -122,7 +124,8 @@ def plan(
             optimizer=opt.value,
             cap_bytes=cap,
             runtime_bytes=runtime,
-            threads=profile.cores or 1,
+            decode_bytes=_SMALL_DECODE_BYTES + 16 * shape.image_px[0] * shape.image_px[1],
+            threads=_threads(profile),
             peak_flops_per_s=profile.peak_flops_per_s,
             memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
             **levers,
@@ -161,19 +164,32 @@ def _shape(model: str, classes: int, image_size: int | None) -> ViTShape:
     return describe(ModelSource(name=model, image_px=image_size), classes)[0]
 
 
+def _threads(profile: DeviceProfile) -> int:
+    """As a run has them here: the device's cores, at most this machine's."""
+    from edgetune import system
+
+    return min(profile.cores or 2**10, system.usable_cores())
+
+
 def _cap_and_runtime(profile: DeviceProfile, ram_cap: str | None) -> tuple[int, int, str]:
     """(cap bytes, runtime bytes, where the runtime's figure comes from)."""
-    from edgetune.judge import ASSUMED_RUNTIME_BYTES, default_cap_bytes
+    from edgetune import runtimes
+    from edgetune.judge import ASSUMED_RUNTIME_BYTES, default_cap_bytes, is_this_machine
 
     cap = parse_bytes(ram_cap) if ram_cap else default_cap_bytes(profile)
     stated = profile.runtime.torch
+    if is_this_machine(profile):
+        found = runtimes.versions()
+        remembered = runtimes.remembered(found)
+        if remembered is not None:
+            return cap, remembered, f"measured by the last run here: {found}"
     if stated is not None:
         how = "measured" if stated.verified else "stated"
         return cap, stated.bytes, f"{how}: {stated.version}"
     return (
         cap,
         ASSUMED_RUNTIME_BYTES,
-        "a default: this profile has no figure; `edgetune devices detect --save` measures one",
+        "a default: this profile has no figure; a run, or `edgetune devices detect --save`, measures one",
     )
 
 

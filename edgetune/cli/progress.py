@@ -17,7 +17,7 @@ from edgetune.units import format_memory, format_seconds
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from edgetune.trainer import StepEvent
+    from edgetune.job import StepEvent
 
 # Plain lines are for logs: one every few seconds is enough to see that it lives.
 PLAIN_SECONDS = 5.0
@@ -38,7 +38,7 @@ class _PatientConsole(Console):
 
 
 class Terminal:
-    """A `trainer.Listener` that prints. With `json`, standard output is kept for the report alone."""
+    """A `job.Listener` that prints. With `json`, standard output is kept for the report alone."""
 
     def __init__(self, *, quiet: bool, json: bool) -> None:
         self.quiet, self.json = quiet, json

@@ -1,17 +1,14 @@
 """What one training step costs in bytes and FLOPs, from arithmetic alone. Pure: no torch, no numpy."""
 
-from edgetune.cost.blocks import FLOAT_BYTES, plain_saved_floats
+from edgetune.cost.ends import input_bytes
 from edgetune.cost.flops import block_forward_flops, full_fine_tuning_flops, step_flops, token_share
 from edgetune.cost.step import (
     StepSetup,
     evaluation_peak_bytes,
-    input_bytes,
-    optimizer_bytes,
     step_cost,
     step_peak_bytes,
-    trained_parameters,
-    update_scratch_bytes,
 )
+from edgetune.cost.tape import FLOAT_BYTES, plain_saved_floats
 from edgetune.cost.values import (
     BlockState,
     Recompute,
@@ -21,6 +18,7 @@ from edgetune.cost.values import (
     all_tokens_kept,
     block_states,
 )
+from edgetune.cost.weights import optimizer_bytes, trained_parameters, update_scratch_bytes
 
 __all__ = [
     "FLOAT_BYTES",

@@ -6,16 +6,20 @@ shown to the user as what it is. Real steps reach a share of either peak, much t
 
 from __future__ import annotations
 
-from edgetune.cost.blocks import FLOAT_BYTES, plain_saved_floats
-from edgetune.cost.step import StepSetup, optimizer_bytes, trained_parameters
+from typing import NamedTuple
+
+from edgetune.cost.flops import step_flops
+from edgetune.cost.step import StepSetup
+from edgetune.cost.tape import FLOAT_BYTES, plain_saved_floats
 from edgetune.cost.values import BlockState, Recompute, Selection, ViTShape, block_states
+from edgetune.cost.weights import optimizer_bytes, trained_parameters
 
 # Where a profile has one of the two figures, the other is taken from this; where it has none, both are only for ranking.
 FLOPS_PER_BYTE = 8.0
 _RANKING_FLOPS_PER_S = 1e10
-# What starting a block's kernels costs in a micro-batch, in FLOPs of one core: 0.4 ms a block at 30 GFLOP/s (the bundled
-# model in micro-batches of 1 and 2 on one x86 core, torch 2.14), an eighth of it again where the block is recomputed.
-_START_FLOPS = 12_000_000
+# Products of few rows are slow for what they compute: 1 + this / rows times as long. Measured on one x86 core with torch
+# 2.14, micro-batches of 1, 2, 4, 8: the bundled model (65 tokens) 1.60, 1.34, 1.10, 1.00; DeiT-Tiny (197) 1.09 at 1.
+_ROWS_OVERHEAD = 40.0
 
 
 def speed_of(peak_flops_per_s: float | None, memory_bandwidth_bytes_per_s: float | None) -> tuple[float, float]:
@@ -26,43 +30,54 @@ def speed_of(peak_flops_per_s: float | None, memory_bandwidth_bytes_per_s: float
     return peak_flops_per_s, memory_bandwidth_bytes_per_s or peak_flops_per_s / FLOPS_PER_BYTE
 
 
-def step_traffic_bytes(shape: ViTShape, selection: Selection, setup: StepSetup) -> int:
-    """Bytes that one optimizer step moves between memory and cores: weights, gradients, state, activations.
+class Work(NamedTuple):
+    """What a selection gives a device to do, however the batch is cut into micro-batches."""
+
+    flops: int  # of one image
+    rows: float  # tokens that a block sees of one image, mean over blocks
+    activation_bytes: int  # moved for one image, each written and read
+    weight_bytes: int  # read in each micro-batch
+    trained_bytes: int  # weights that get a gradient
+    state_bytes: int  # the optimizer's, of those
+
+
+def work_of(shape: ViTShape, selection: Selection, setup: StepSetup) -> Work:
+    """Work of one step; of the setup, the optimizer alone counts."""
+    block_bytes = shape.block_parameters * FLOAT_BYTES
+    weights = shape.parameters * FLOAT_BYTES
+    activations = 0
+    for number, state in enumerate(block_states(selection)):
+        tokens = selection.tokens[number] + shape.prefix_tokens
+        moved = tokens * plain_saved_floats(shape, True) * FLOAT_BYTES
+        activations += moved if state is BlockState.BELOW else 2 * moved
+        if state is BlockState.BELOW:
+            continue
+        weights += block_bytes
+        level = selection.level(number)
+        if level is not Recompute.NOTHING:
+            share = 1.0 if level is Recompute.BLOCK else 0.5
+            activations += round(share * moved)
+            weights += round(share * block_bytes)
+    trained = sum(selection.trains)
+    return Work(
+        flops=step_flops(shape, selection, 1),
+        rows=sum(selection.tokens) / selection.depth + shape.prefix_tokens,
+        activation_bytes=2 * activations,
+        weight_bytes=weights,
+        trained_bytes=trained_parameters(shape, trained, selection.embeddings_train) * FLOAT_BYTES,
+        state_bytes=optimizer_bytes(shape, setup.optimizer, trained, selection.embeddings_train),
+    )
+
+
+def step_seconds(work: Work, batch: int, setup: StepSetup, speed: tuple[float, float]) -> float:
+    """Estimated seconds of a step of `batch` images: computing and moving one after the other, which no device does
+    worse than.
 
     Weights are read once a micro-batch in each pass over them; a gradient is written, or read and written where it is
     added to; activations are written and read once forward and once backward, and again where they are recomputed.
     """
-    block = shape.block_parameters * FLOAT_BYTES
-    weights = shape.parameters * FLOAT_BYTES
-    activations = 0
-    again = 0
-    for number, state in enumerate(block_states(selection)):
-        tokens = selection.tokens[number] + shape.prefix_tokens
-        moved = tokens * plain_saved_floats(shape, True) * FLOAT_BYTES
-        level = selection.level(number)
-        activations += moved if state is BlockState.BELOW else 2 * moved
-        if state is BlockState.BELOW:
-            continue
-        again += block
-        if level is not Recompute.NOTHING:
-            share = 1.0 if level is Recompute.BLOCK else 0.5
-            activations += round(share * moved)
-            again += round(share * block)
-    trained = trained_parameters(shape, sum(selection.trains), selection.embeddings_train) * FLOAT_BYTES
-    gradients = trained * (3 if setup.accumulation > 1 else 1)
-    update = 3 * trained + 2 * optimizer_bytes(
-        shape, setup.optimizer, sum(selection.trains), selection.embeddings_train
-    )
-    a_micro_batch = weights + again + gradients + 2 * setup.micro_batch * activations
-    return setup.accumulation * a_micro_batch + update
-
-
-def start_flops(selection: Selection, setup: StepSetup) -> int:
-    """What starting all kernels of a step costs, in FLOPs of one core, times the cores that wait meanwhile."""
-    levels = sum(1 for level in selection.recompute if level is not Recompute.NOTHING)
-    return setup.threads * setup.accumulation * (selection.depth * _START_FLOPS + levels * _START_FLOPS // 8)
-
-
-def step_seconds(flops: int, traffic_bytes: int, speed: tuple[float, float]) -> float:
-    """Estimated seconds of a step: computing and moving one after the other, which no device does worse than."""
-    return flops / speed[0] + traffic_bytes / speed[1]
+    flops = batch * work.flops * (1 + _ROWS_OVERHEAD / (setup.micro_batch * work.rows))
+    gradients = work.trained_bytes * (3 if setup.accumulation > 1 else 1)
+    update = 3 * work.trained_bytes + 2 * work.state_bytes
+    traffic = setup.accumulation * (work.weight_bytes + gradients + setup.micro_batch * work.activation_bytes) + update
+    return flops / speed[0] + traffic / speed[1]

@@ -66,7 +66,8 @@ class Recompute(IntEnum):
 class Selection(msgspec.Struct, frozen=True):
     """What one step does: which blocks train, how many patch tokens each sees, what each recomputes.
 
-    The head always trains. `recompute` empty: nothing is.
+    The first block sees all tokens, and none sees more than the one before. The head always trains. `recompute` empty:
+    nothing is.
     """
 
     trains: tuple[bool, ...]

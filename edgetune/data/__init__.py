@@ -17,7 +17,7 @@ from edgetune.data.images import (
     shown,
 )
 from edgetune.data.preprocess import Preprocess, normalise, resize_and_crop
-from edgetune.data.sample import bundled_sample, default_cache_dir
+from edgetune.data.sample import bundled_sample
 
 __all__ = [
     "BadImage",
@@ -30,7 +30,6 @@ __all__ = [
     "bundled_sample",
     "class_weights",
     "decode_bytes",
-    "default_cache_dir",
     "epoch_order",
     "flip_draw",
     "load_batch",

@@ -12,6 +12,7 @@ import zlib
 from importlib import resources
 from pathlib import Path, PurePosixPath
 
+from edgetune import system
 from edgetune.errors import DataError
 
 _LARGEST_SAMPLE_BYTES = 64 * 2**20  # unpacked; the sample has a few hundred KiB
@@ -28,17 +29,7 @@ def bundled_sample(cache_dir: Path | None = None) -> Path:
         archive = (resources.files("edgetune") / "assets" / "digits.zip").read_bytes()
     except OSError as error:
         raise DataError(f"the bundled sample is missing ({error.strerror}). {_REINSTALL}") from error
-    return unpack(archive, cache_dir or default_cache_dir())
-
-
-def default_cache_dir() -> Path:
-    """$EDGETUNE_CACHE_DIR, or the platform's folder for what can be made again."""
-    chosen = os.environ.get("EDGETUNE_CACHE_DIR")
-    if chosen:
-        return Path(chosen)
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("edgetune"))
+    return unpack(archive, cache_dir or system.cache_dir())
 
 
 def unpack(archive: bytes, cache_dir: Path) -> Path:

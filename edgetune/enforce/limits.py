@@ -59,7 +59,7 @@ def enforce(kind: EnforceKind, *, growth_bytes: int, simulated: bool, root: Path
         limit = Limit(kind="none", limit_bytes=None, description=WATCHED)
         if kind == "cgroup":
             limit = stack.enter_context(_cgroup(growth_bytes, root))
-        elif kind == "rlimit" or (kind == "auto" and simulated):
+        elif by_rlimit(kind, simulated=simulated):
             obstacle = _rlimit_obstacle()
             if obstacle is None:
                 limit = stack.enter_context(_rlimit(growth_bytes))
@@ -68,6 +68,11 @@ def enforce(kind: EnforceKind, *, growth_bytes: int, simulated: bool, root: Path
             else:
                 limit = msgspec.structs.replace(limit, description=f"{WATCHED} ({obstacle})")
         yield limit
+
+
+def by_rlimit(kind: EnforceKind, *, simulated: bool) -> bool:
+    """Whether RLIMIT_DATA is what holds the cap, where it can be had."""
+    return kind == "rlimit" or (kind == "auto" and simulated)
 
 
 def left_bytes(limit: Limit, root: Path = system.ROOT) -> int | None:
@@ -82,6 +87,18 @@ def left_bytes(limit: Limit, root: Path = system.ROOT) -> int | None:
     except MemoryError:
         return 0
     return None
+
+
+def room_bytes(root: Path = system.ROOT) -> int:
+    """What the process can still take of all that bounds it: the machine, cgroups, resource limits whoever set them."""
+    rooms = [system.available_ram_bytes(root, _limited_cgroups(root))]
+    status = system.process_status(root=root)
+    for name, size in (("RLIMIT_DATA", "VmData"), ("RLIMIT_AS", "VmSize")):
+        which = getattr(resource, name, None)
+        if which is not None and size in status:
+            soft = resource.getrlimit(which)[0]
+            rooms += [soft - status[size]] if soft != resource.RLIM_INFINITY else []
+    return max(0, min(rooms))
 
 
 def short_of_memory(needed_bytes: int, root: Path = system.ROOT) -> str | None:

@@ -77,8 +77,11 @@ def is_out_of_memory(error: BaseException, *, left_bytes: int | None, needed_byt
     predicted to add. When less is left than that, an unrecognised RuntimeError, SystemError or OSError (unless its
     errno names another cause) counts too. What the error was raised from or amid is looked at as well, so a step must
     not be replayed inside the handler: its errors would have the first one in their chain.
+    An error of edgetune's own counts if it was raised from one that says so: an image that there was no memory to decode.
     It works with no memory left: nothing is imported or opened, and if even that fails, the answer is yes.
     """
+    while isinstance(error, EdgetuneError) and error.__cause__ is not None:
+        error, needed_bytes = error.__cause__, None
     if isinstance(error, _NEVER) or not isinstance(error, Exception):
         return False
     try:

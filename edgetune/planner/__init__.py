@@ -5,6 +5,7 @@ whole process holds, `tokens.py` what clips a step to the plan, `explain.py` put
 """
 
 from edgetune.planner.explain import format_cap
+from edgetune.planner.lighter import lightened
 from edgetune.planner.phases import parts_of, process_bytes
 from edgetune.planner.search import plan, replayed, smallest_cap_bytes, tightened
 from edgetune.planner.tokens import ceilings, default_token_floor, fit
@@ -28,6 +29,7 @@ __all__ = [
     "default_token_floor",
     "fit",
     "format_cap",
+    "lightened",
     "parts_of",
     "plan",
     "process_bytes",

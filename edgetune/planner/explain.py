@@ -48,7 +48,7 @@ def explain(
         lines.append("optimizer state of blocks that a step does not train is dropped")
     if request.half_frozen and lossy.split_block:
         lines.append(f"the frozen weights of the {lossy.split_block} blocks below the split are stored as bfloat16")
-    if lossy.split_block and not space.draws:
+    if lossy.trained_blocks and lossy.split_block and not space.draws:
         lines.append(f"the lowest trained block is {lossy.split_block} of {shape.depth}: nothing below it is kept")
     return tuple(lines)
 
@@ -88,7 +88,7 @@ def _recompute(request: PlanRequest, lossy: Lossy, lossless: Lossless) -> str:
             words.append(f"{_WHAT[high]} from it on")
     elif low is not Recompute.NOTHING:
         words.append(f"{_WHAT[low]}" + (" everywhere" if low is Recompute.MLP else ""))
-    if lossless.recompute_frozen is Recompute.BLOCK and low is not Recompute.BLOCK:
+    if lossless.recompute_frozen is Recompute.BLOCK and high is not Recompute.BLOCK:
         words.append("frozen blocks whole")
     return "recompute " + ", ".join(words) if words else ""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from functools import lru_cache
+
 from edgetune import cost
 from edgetune.cost import FLOAT_BYTES
 from edgetune.planner.values import (
@@ -9,12 +12,12 @@ from edgetune.planner.values import (
     MAX_EVALUATION_BATCH,
     PREFETCHED_BATCHES,
     PROCESS_BYTES,
+    Lossless,
     Lossy,
     Plan,
     PlanRequest,
     setup_of,
 )
-from edgetune.planner.values import Lossless as Lossless
 
 
 def process_bytes(runtime_bytes: int, live_bytes: int) -> int:
@@ -23,12 +26,13 @@ def process_bytes(runtime_bytes: int, live_bytes: int) -> int:
 
 
 def most_live_bytes(request: PlanRequest) -> int:
-    """The largest peak of live bytes that `process_bytes` keeps under the cap."""
-    room = request.cap_bytes - request.runtime_bytes - PROCESS_BYTES
-    live = int(max(0, room) / (1 + ALLOCATOR_SHARE)) + 2
-    while live > 0 and process_bytes(0, live) > room + PROCESS_BYTES:
-        live -= 1
-    return live if room >= 0 else -1
+    """The largest peak of live bytes that `process_bytes` keeps under the cap; -1 if there is none."""
+    return _most_live_bytes(request.cap_bytes - request.runtime_bytes)
+
+
+@lru_cache(maxsize=64)
+def _most_live_bytes(room: int) -> int:
+    return bisect_right(range(max(0, room)), room, key=lambda live: process_bytes(0, live)) - 1
 
 
 def prefetched_bytes(request: PlanRequest, batch: int) -> int:
@@ -94,8 +98,12 @@ def phases(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> dict
 
 
 def parts_of(plan: Plan) -> dict[str, int]:
-    """What each kind holds at its own largest, bytes. They are not all at their largest at once: the peak is less."""
+    """What each kind holds at its own largest while it trains, bytes. They are not all at their largest at once: the
+    peak is less.
+    """
     step = plan.predicted
+    grown = plan.predicted_phase_bytes["train"] - plan.runtime_bytes
+    live = _most_live_bytes(grown)
     return {
         "runtime": plan.runtime_bytes,
         "weights": step.weights_bytes,
@@ -103,6 +111,6 @@ def parts_of(plan: Plan) -> dict[str, int]:
         "optimizer": step.optimizer_bytes,
         "activations": step.activations_bytes,
         "workspace": step.workspace_bytes,
-        "inputs": step.inputs_bytes * (1 + PREFETCHED_BATCHES),
-        "margin": PROCESS_BYTES + round(ALLOCATOR_SHARE * step.peak_bytes),
+        "inputs": step.inputs_bytes + live - step.peak_bytes,  # what waits to be trained on, and its decoding
+        "margin": grown - live,
     }

@@ -1,50 +1,26 @@
 """The best plan under a cap. Pure, no torch, no numpy.
 
-The space. Lossy choices, most preferred first; the first for which any lossless choice fits wins:
-
-1. optimizer state is kept: dropping it restarts a block's moments whenever it comes back, so it is the last resort;
-2. the embeddings train, where the method trains everything;
-3. the lowest split block: more blocks may ever train, and accuracy on hard tasks falls with the split;
-4. the most blocks a step (K, down to half of those above the split): fewer trained blocks learn slower;
-5. the highest token ceiling: one share that every block above the split may pass on, from all down to the floor.
-
-Lossless choices, of which the fastest that fits is taken, by `cost.time`:
-
-- the micro-batch: the batch cut into 1, 2, 3 ... nearly equal parts;
-- recompute of blocks that train: one level for all, or a deeper level below some block and a lighter one from it on;
-- recompute of frozen blocks that gradient passes through: as if they trained, or whole;
-- the optimizer's update inside the backward, where there is one micro-batch.
-
-So every lossless lever is spent before a lossy one moves, and the search is exact: no draw, and no other choice of the
-space, is better. Tests hold it against trying everything.
+The search is exact: no draw, and no other choice of the space that `choices.py` writes down, is better. Tests hold it
+against trying everything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
 
-from edgetune.cost import FLOAT_BYTES, Recompute, StepCost, ViTShape, step_cost, step_flops, step_peak_bytes
-from edgetune.cost.time import speed_of, start_flops, step_seconds, step_traffic_bytes
-from edgetune.errors import DoesNotFit, UsageError
+from edgetune.cost import Recompute, StepCost, ViTShape, step_cost
+from edgetune.errors import DoesNotFit
+from edgetune.planner.choices import check, lossy_choices, lossy_families
 from edgetune.planner.explain import does_not_fit_message, explain, format_cap
-from edgetune.planner.phases import (
-    evaluation_batch,
-    least_other_live_bytes,
-    most_live_bytes,
-    phases,
-    prefetched_bytes,
-    process_bytes,
-)
-from edgetune.planner.tokens import ceiling_ratios, ceilings, floor_of
-from edgetune.planner.values import Lossless, Lossy, Plan, PlanRequest, accumulation_of, setup_of
-from edgetune.planner.worst import first_draw, fits, selected, worst_draw
+from edgetune.planner.phases import evaluation_batch, phases, prefetched_bytes, process_bytes
+from edgetune.planner.tokens import floor_of
+from edgetune.planner.values import Lossless, Lossy, Plan, PlanRequest, setup_of
+from edgetune.planner.ways import Ways, seconds_of
+from edgetune.planner.worst import worst_draw
 from edgetune.units import format_bytes
-
-_LEVELS = {"none": Recompute.NOTHING, "mlp": Recompute.MLP, "block": Recompute.BLOCK}
 
 
 class Refused(NamedTuple):
@@ -63,13 +39,20 @@ def plan(request: PlanRequest, smaller_models: Iterable[ViTShape] = ()) -> Plan:
     """
     check(request)
     larger: Lossy | None = None
-    for lossy in lossy_choices(request):
-        found, refused = _fastest(request, lossy)
-        if found is not None:
-            if refused is None and larger is not None:
-                refused = _cheapest(request, larger)
-            return _finish(request, lossy, found, refused)
-        larger = lossy
+    for family in lossy_families(request):
+        if not Ways(request, family[-1]).may_fit():  # and so none of them does
+            larger = family[-1]
+            continue
+        for lossy in family:
+            ways = Ways(request, lossy)
+            found, faster = ways.fastest()
+            if found is None:
+                larger = lossy
+            elif faster:
+                return _finish(request, lossy, found, _refused(request, lossy, ways.cheapest(faster)))
+            else:
+                refused = _refused(request, larger, Ways(request, larger).cheapest()) if larger else None
+                return _finish(request, lossy, found, refused)
     smallest = smallest_cap_bytes(request)
     raise DoesNotFit(_refusal(request, smallest, smaller_models), smallest)
 
@@ -77,207 +60,23 @@ def plan(request: PlanRequest, smaller_models: Iterable[ViTShape] = ()) -> Plan:
 def smallest_cap_bytes(request: PlanRequest) -> int:
     """The least cap under which this method, batch and floor have a plan.
 
-    Of the lossy choices the last ones need least: fewer blocks, fewer tokens, a higher split and dropped state never
-    cost more.
+    Of one split's lossy choices the last needs least: dropped state, fewer blocks, fewer tokens never cost more.
     """
-    *_, last = lossy_choices(request)
-    return _cheapest(request, last).peak_bytes
+    check(request)
+    last = {(lossy.embeddings_train, lossy.split_block): lossy for lossy in lossy_choices(request)}
+    least: int | None = None
+    for lossy in reversed(last.values()):
+        ways = Ways(request, lossy)
+        if least is None or ways.least_live_bytes() < least:
+            live, _ = ways.cheapest()
+            least = live if least is None else min(least, live)
+    assert least is not None
+    return process_bytes(request.runtime_bytes, least)
 
 
-def lossy_choices(request: PlanRequest) -> Iterator[Lossy]:
-    """Most preferred first, and each no dearer than the one before within its split."""
-    shape, space = request.shape, request.space
-    drops = space.draws and request.keeps_state is not True
-    states = (True,) if not drops else (True, False) if request.keeps_state is None else (False,)
-    for keeps_state in states:
-        for embeddings in space.embeddings:
-            for split in space.splits:
-                for count in space.trained_blocks[split]:
-                    for ratio in ceiling_ratios(request, split):
-                        yield Lossy(split, count, ceilings(shape, split, ratio), embeddings, keeps_state)
-
-
-def lossless_choices(request: PlanRequest, lossy: Lossy) -> Iterator[Lossless]:
-    """All ways to run the same step."""
-    sizes = micro_batches(request)
-    for levels, frozen in _recompute_choices(request, lossy):
-        yield from lossless_of(request, levels, frozen, sizes)
-
-
-def lossless_of(
-    request: PlanRequest, levels: tuple[Recompute, ...], frozen: Recompute, sizes: list[int]
-) -> Iterator[Lossless]:
-    asked = request.updates_in_backward
-    for micro_batch in sizes:
-        for in_backward in (False, True) if asked is None else (asked,):
-            if not in_backward or accumulation_of(request, micro_batch) == 1:
-                yield Lossless(micro_batch, levels, frozen, in_backward)
-
-
-def micro_batches(request: PlanRequest) -> list[int]:
-    """Micro-batch sizes, largest first: the batch cut into 1, 2, 3 ... nearly equal parts."""
-    if request.accumulation is not None:
-        return [-(-request.batch_size // request.accumulation)]
-    if request.updates_in_backward:
-        return [request.batch_size]
-    parts = range(1, request.batch_size + 1)
-    return sorted({-(-request.batch_size // count) for count in parts}, reverse=True)
-
-
-def _recompute_choices(request: PlanRequest, lossy: Lossy) -> list[tuple[tuple[Recompute, ...], Recompute]]:
-    shape, space = request.shape, request.space
-    carries = lossy.trained_blocks > 0 or lossy.embeddings_train
-    first = 0 if lossy.embeddings_train else lossy.split_block
-    frozen_blocks = carries and (space.draws and lossy.trained_blocks < shape.depth - lossy.split_block)
-    return list(_patterns(shape.depth, first, carries, frozen_blocks, shape.mlp_half, request.recompute))
-
-
-@lru_cache(maxsize=256)
-def _patterns(
-    depth: int, first: int, carries: bool, frozen_blocks: bool, mlp_half: bool, asked: str
-) -> tuple[tuple[tuple[Recompute, ...], Recompute], ...]:
-    """(levels of blocks that train, least level of frozen ones on the path)."""
-    nothing = (Recompute.NOTHING,) * depth
-    if not carries:
-        return ((nothing, Recompute.NOTHING),)
-    if asked != "auto":
-        level = _LEVELS[asked]
-        return (((level,) * depth, level),)
-    levels = [level for level in Recompute if mlp_half or level is not Recompute.MLP]
-    patterns = [(level,) * depth for level in levels]
-    for low in levels:
-        for high in levels[: levels.index(low)]:
-            patterns += [(low,) * block + (high,) * (depth - block) for block in range(first + 1, depth)]
-    frozen = (Recompute.NOTHING, Recompute.BLOCK) if frozen_blocks else (Recompute.NOTHING,)
-    whole = (Recompute.BLOCK,) * depth
-    return tuple(
-        (pattern, level) for pattern in patterns for level in frozen if level is Recompute.NOTHING or pattern != whole
-    )
-
-
-def seconds_of(request: PlanRequest, lossy: Lossy, lossless: Lossless) -> float:
-    """Estimated time of a typical step: drawn blocks spread evenly."""
-    depth, split, count = request.shape.depth, lossy.split_block, lossy.trained_blocks
-    trains = first_draw(depth, lossy, request.space.draws)
-    if request.space.draws and count:
-        spread = {split + place * (depth - split) // count for place in range(count)}
-        trains = tuple(block in spread for block in range(depth))
-    selection = selected(trains, lossy, lossless)
-    setup = setup_of(request, lossy, lossless)
-    return step_seconds(
-        step_flops(request.shape, selection, request.batch_size) + start_flops(selection, setup),
-        step_traffic_bytes(request.shape, selection, setup),
-        speed_of(request.peak_flops_per_s, request.memory_bandwidth_bytes_per_s),
-    )
-
-
-def _room(request: PlanRequest, micro_batch: int) -> int:
-    """Live bytes that a training step may have, what waits beside it taken off."""
-    return most_live_bytes(request) - prefetched_bytes(request, micro_batch)
-
-
-def _fastest(request: PlanRequest, lossy: Lossy) -> tuple[Lossless | None, Refused | None]:
-    """The fastest lossless choice that fits, and of the faster ones that do not the one that needs least."""
-    if least_other_live_bytes(request, lossy) > most_live_bytes(request) or _never_fits(request, lossy):
-        return None, None
-    choices = list(lossless_choices(request, lossy))
-    # Mostly everything fits: the fastest conceivable is tried before the others are timed.
-    plain = [choice for choice in choices if choice.micro_batch == choices[0].micro_batch and not any(choice.recompute)]
-    ranked = sorted(plain, key=lambda choice: (seconds_of(request, lossy, choice), choice.updates_in_backward))
-    if (
-        ranked
-        and not ranked[0].recompute_frozen
-        and fits(request, lossy, ranked[0], _room(request, ranked[0].micro_batch))
-    ):
-        return ranked[0], None
-    timed = sorted(
-        ((seconds_of(request, lossy, choice), number, choice) for number, choice in enumerate(choices)),
-        key=lambda entry: entry[:2],
-    )
-    refused: list[Lossless] = []
-    found = None
-    for _, _, choice in timed:
-        if fits(request, lossy, choice, _room(request, choice.micro_batch)):
-            found = choice
-            break
-        refused.append(choice)
-    if found is None:
-        return None, None
-    if not refused:
-        return found, None
-    least = min(refused, key=lambda choice: _quick_peak(request, lossy, choice))
-    return found, Refused(lossy, least, _process_peak(request, lossy, least))
-
-
-def _never_fits(request: PlanRequest, lossy: Lossy) -> bool:
-    """Quickly, whether no lossless choice can fit: a bound from below on all of them.
-
-    Every block keeps at least what it keeps recomputed; where a step peaks, one block is there with all it needs.
-    """
-    whole = (Recompute.BLOCK,) * request.shape.depth
-    # What a recomputed block holds at its peak beyond a kept one's: the incoming gradient, statistics, a state.
-    tokens = max(lossy.token_ceiling) + request.shape.prefix_tokens
-    slack = FLOAT_BYTES * tokens * (2 * request.shape.width + request.shape.mlp_width)
-    ends = {micro_batches(request)[0], micro_batches(request)[-1]}
-    for choice in lossless_of(request, whole, Recompute.BLOCK, sorted(ends)):
-        peak = _quick_peak(request, lossy, choice) - choice.micro_batch * slack - 2**16
-        if peak <= most_live_bytes(request):
-            return False
-    return True
-
-
-def _quick_peak(request: PlanRequest, lossy: Lossy, lossless: Lossless) -> int:
-    first = selected(first_draw(request.shape.depth, lossy, request.space.draws), lossy, lossless)
-    peak = step_peak_bytes(request.shape, first, setup_of(request, lossy, lossless))
-    return peak + prefetched_bytes(request, lossless.micro_batch)
-
-
-def _process_peak(request: PlanRequest, lossy: Lossy, lossless: Lossless) -> int:
-    live = worst_draw(request, lossy, lossless)[0] + prefetched_bytes(request, lossless.micro_batch)
-    return max(phases(request, lossy, live).values())
-
-
-def _cheapest(request: PlanRequest, lossy: Lossy) -> Refused:
-    """The lossless choice with the least peak, and that peak."""
-    sizes = micro_batches(request)
-    ends = {sizes[0], sizes[-1]}  # smaller is less, but the whole batch at once carries no gradients
-    best: tuple[int, Lossless] | None = None
-    choices = [choice for choice in lossless_choices(request, lossy) if choice.micro_batch in ends]
-    for choice in sorted(choices, key=lambda choice: _quick_peak(request, lossy, choice)):
-        if best is not None and _quick_peak(request, lossy, choice) >= best[0]:
-            break
-        live = worst_draw(request, lossy, choice)[0] + prefetched_bytes(request, choice.micro_batch)
-        if best is None or live < best[0]:
-            best = (live, choice)
-    assert best is not None
-    live = max(best[0], least_other_live_bytes(request, lossy))
-    return Refused(lossy, best[1], process_bytes(request.runtime_bytes, live))
-
-
-def check(request: PlanRequest) -> None:
-    """Raises: UsageError for what makes no sense together."""
-    if request.batch_size < 1:
-        raise UsageError(f"the batch size must be at least 1, not {request.batch_size}.")
-    if request.accumulation is not None and not 1 <= request.accumulation <= request.batch_size:
-        raise UsageError(
-            f"--grad-accum-steps must be between 1 and the batch size {request.batch_size}, not {request.accumulation}."
-        )
-    if request.updates_in_backward and (request.accumulation or 1) > 1:
-        raise UsageError(
-            "--step-in-backward leaves no gradient to add to, so it goes with one micro-batch only: leave "
-            "--grad-accum-steps out."
-        )
-    for flag, share in (("--token-floor", request.token_floor), ("--token-ceiling", request.token_ceiling)):
-        if share is not None and not 0 < share <= 1:
-            raise UsageError(f"{flag} is a share above 0 and up to 1, not {share}.")
-    if request.token_floor and request.token_ceiling and request.token_floor > request.token_ceiling:
-        raise UsageError(
-            f"--token-floor {request.token_floor} is above --token-ceiling {request.token_ceiling}: swap them."
-        )
-    if request.recompute == "mlp" and not request.shape.mlp_half:
-        raise UsageError(
-            f"--recompute mlp: the blocks of {request.shape.name} have no second half of their own. Try --recompute block."
-        )
+def _refused(request: PlanRequest, lossy: Lossy, needs: tuple[int, Lossless]) -> Refused:
+    live, lossless = needs
+    return Refused(lossy, lossless, process_bytes(request.runtime_bytes, live))
 
 
 def _finish(request: PlanRequest, lossy: Lossy, lossless: Lossless, refused: Refused | None) -> Plan:
@@ -336,7 +135,8 @@ def _plainer(
     plain = msgspec.structs.replace(
         lossless, recompute=(Recompute.NOTHING,) * request.shape.depth, recompute_frozen=Recompute.NOTHING
     )
-    return _process_peak(request, lossy, plain) - peak, seconds / seconds_of(request, lossy, plain) - 1
+    live = worst_draw(request, lossy, plain)[0] + prefetched_bytes(request, plain.micro_batch)
+    return max(phases(request, lossy, live).values()) - peak, seconds / seconds_of(request, lossy, plain) - 1
 
 
 def replayed(plan: Plan, *, cap_bytes: int, runtime_bytes: int) -> Plan:
@@ -377,20 +177,19 @@ def tightened(request: PlanRequest, current: Plan) -> Plan:
 
 
 def _refusal(request: PlanRequest, smallest_cap: int, smaller_models: Iterable[ViTShape]) -> str:
-    shape = request.shape
     tries = [f"--ram-cap {format_cap(smallest_cap)}"]
     for smaller in sorted(smaller_models, key=lambda other: -other.parameters):
-        if smaller.parameters >= shape.parameters or smaller.depth != shape.depth:
-            continue
-        other = msgspec.structs.replace(request, shape=smaller)
-        if smallest_cap_bytes(other) <= request.cap_bytes:
-            tries.append(f"--model {smaller.name}, which fits")
-            break
+        if _could_run(request, smaller):
+            other = msgspec.structs.replace(request, shape=smaller)
+            if smallest_cap_bytes(other) <= request.cap_bytes:
+                tries.append(f"--model {smaller.name}, which fits")
+                break
+    depth = request.shape.depth
     head = msgspec.structs.replace(
         request.space,
         name="head",
-        splits=(shape.depth,),
-        trained_blocks={shape.depth: (0,)},
+        splits=(depth,),
+        trained_blocks={depth: (0,)},
         embeddings=(False,),
         prunes_tokens=False,
         draws=False,
@@ -398,3 +197,12 @@ def _refusal(request: PlanRequest, smallest_cap: int, smaller_models: Iterable[V
     if smallest_cap_bytes(msgspec.structs.replace(request, space=head)) <= request.cap_bytes:
         tries.append("--method head, which fits")
     return does_not_fit_message(request, smallest_cap, tries)
+
+
+def _could_run(request: PlanRequest, smaller: ViTShape) -> bool:
+    """Whether the same request makes sense for a smaller model: its blocks are as many, and built as the method needs."""
+    if smaller.parameters >= request.shape.parameters or smaller.depth != request.shape.depth:
+        return False
+    if request.space.prunes_tokens and not (smaller.class_token and smaller.token_pool and smaller.fused_qkv):
+        return False
+    return smaller.mlp_half or request.recompute != "mlp"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from edgetune.cost import Selection, ViTShape
 from edgetune.planner.values import TOKEN_MULTIPLE, Plan, PlanRequest, with_levels
 
@@ -14,7 +16,8 @@ def fit(selection: Selection, plan: Plan) -> Selection:
     """Clip a proposal to the plan: no block below the split, at most K of them, no more tokens than the ceilings.
 
     Token counts go up to a multiple of TOKEN_MULTIPLE, so that a run meets few shapes: for each new one the allocator and
-    oneDNN keep memory for good (16 MiB in 90 steps of the bundled model). Recompute levels are the plan's.
+    oneDNN keep memory for good (16 MiB in 90 steps of the bundled model). Where the floor is all tokens, none is dropped:
+    the plan has not counted what dropping takes; the first block sees all in any case. Recompute levels are the plan's.
     """
     room = plan.trained_blocks
     trains = []
@@ -22,13 +25,15 @@ def fit(selection: Selection, plan: Plan) -> Selection:
         allowed = trained and block >= plan.split_block and room > 0
         room -= allowed
         trains.append(allowed)
-    tokens: list[int] = []
-    for asked, ceiling in zip(selection.tokens, plan.token_ceiling, strict=True):
-        tokens.append(max(1, min(rounded_up(asked), ceiling, tokens[-1] if tokens else ceiling)))
+    wanted = selection.tokens if plan.token_floor < 1 else plan.token_ceiling
+    tokens = [plan.token_ceiling[0]]
+    for asked, ceiling in zip(wanted[1:], plan.token_ceiling[1:], strict=True):
+        tokens.append(max(1, min(rounded_up(asked), ceiling, tokens[-1])))
     embeddings = plan.embeddings_train and selection.embeddings_train
     return with_levels(tuple(trains), tuple(tokens), embeddings, plan.recompute, plan.recompute_frozen)
 
 
+@lru_cache(maxsize=1024)
 def ceilings(shape: ViTShape, split_block: int, keep_ratio: float) -> tuple[int, ...]:
     """Most patch tokens a block: all up to the split block, then a share `keep_ratio` of what is left.
 

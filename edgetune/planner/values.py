@@ -11,9 +11,9 @@ from edgetune.optim import OptimizerName
 from edgetune.units import MIB
 
 # What a run's process holds beyond live tensors: a share (blocks the allocator keeps, alignment) and a fixed part
-# (Python objects, code paged in by kernels the warm-up did not meet, report). Measured by `benchmarks/memory_plan.py`.
-ALLOCATOR_SHARE = 0.04
-PROCESS_BYTES = 20 * MIB
+# (Python objects, code paged in by kernels the warm-up did not meet, report). Measured by `benchmarks/cap.py`.
+ALLOCATOR_SHARE = 0.03
+PROCESS_BYTES = 8 * MIB
 # Micro-batches that exist beside the one being computed: one being loaded, one waiting.
 PREFETCHED_BATCHES = 2
 MAX_EVALUATION_BATCH = 64

@@ -31,6 +31,7 @@ def store_half(model: VisionTransformer, blocks: int) -> None:
 
 
 def _widen(module: nn.Module, _inputs: Any) -> None:
+    _narrow(module)  # what an interrupt (Ctrl-C runs no forward hook) left wide
     stored: dict[str, Any] = dict(module._parameters)
     object.__setattr__(module, "_edgetune_stored", stored)
     for name, value in stored.items():
@@ -38,7 +39,7 @@ def _widen(module: nn.Module, _inputs: Any) -> None:
             module._parameters[name] = value.detach().float()
 
 
-def _narrow(module: nn.Module, _inputs: Any, _output: Any) -> None:
+def _narrow(module: nn.Module, _inputs: Any = None, _output: Any = None) -> None:
     stored = module.__dict__.pop("_edgetune_stored", None)
     if stored is not None:
         module._parameters.update(stored)

@@ -9,7 +9,7 @@ kept, and stops as soon as it has all of it: what comes after the last kept tens
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -108,12 +108,28 @@ def _mlp_half_recomputed(block: Any) -> Iterator[None]:
     Instance attributes that are taken away again; the modules themselves, their parameters and names stay.
     """
     norm, mlp = block.norm2, block.mlp
-    norm_forward, mlp_forward = norm.forward, mlp.forward
-    norm.forward = lambda tokens: tokens
-    mlp.forward = lambda tokens: recomputed(
-        lambda inputs: mlp_forward(norm_forward(inputs)), tokens, random=block.training
-    )
+    mlp_forward = mlp.forward
+    with ExitStack() as until_mlp:
+        until_mlp.enter_context(_forward_is(norm, lambda tokens: tokens))
+
+        def half(tokens: Tensor) -> Tensor:
+            until_mlp.close()  # norm2 is itself again, with whatever hooks it has
+            return recomputed(lambda inputs: mlp_forward(norm(inputs)), tokens, random=block.training)
+
+        with _forward_is(mlp, half):
+            yield
+
+
+@contextmanager
+def _forward_is(module: nn.Module, forward: Run) -> Iterator[None]:
+    """While this is entered, the module runs `forward`; what was there before comes back."""
+    own = module.__dict__
+    before = own.get("forward")
+    own["forward"] = forward
     try:
         yield
     finally:
-        del norm.forward, mlp.forward
+        if before is None:
+            del own["forward"]
+        else:
+            own["forward"] = before

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgetune.data import bundled_sample, default_cache_dir, open_folder
+from edgetune import system
+from edgetune.data import bundled_sample, open_folder
 from edgetune.data.sample import unpack
 from edgetune.errors import DataError
 
@@ -65,7 +66,7 @@ def test_the_cache_folder_is_the_users_or_the_environments(tmp_path: Path, monke
     assert bundled_sample().parent == tmp_path / "chosen"
     monkeypatch.delenv("EDGETUNE_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert default_cache_dir().name == "edgetune"
+    assert system.cache_dir().name == "edgetune"
 
 
 # ---- unpacking

@@ -1,0 +1,105 @@
+"""A block's forward, allocation by allocation, and what a recompute makes again of it. Pure arithmetic.
+
+It follows timm's `Block`, `Attention` and `Mlp` under fused CPU attention as the CPU allocator's events show them: each
+line takes or gives back one tensor.
+"""
+
+from __future__ import annotations
+
+from edgetune.cost.tape import FLOAT_BYTES, RANDOM_STATE_BYTES, Mode, Sizes, Tape
+from edgetune.cost.values import Recompute, ViTShape
+
+
+def attention_half(
+    tape: Tape, shape: ViTShape, z: Sizes, *, grad: bool, trained: bool, pruned: bool, mode: Mode
+) -> None:
+    """norm1, attention, residual: from the input to the middle of the block."""
+    tape.take(z.stream + 2 * z.statistic)  # norm1
+    qkv = 3 * z.attention
+    tape.take(qkv)
+    if pruned:  # the class token's row: q and k normed anew, k laid out for the product
+        tape.touch((3 if shape.qk_norm else 1) * z.attention)
+        tape.take(z.statistic)
+    held = 0
+    if shape.qk_norm:
+        for _ in range(2):
+            tape.take(z.attention)  # laid out for the norm
+            tape.take(z.attention + 2 * z.head_statistic)
+            tape.free(z.attention)
+        held += 2 * z.attention + 4 * z.head_statistic
+    tape.take(z.attention + z.head_statistic)
+    # A thread's scores, their maxima and sums, and its part of the output (512 keys at a time).
+    row = min(512, z.tokens) + 2 + shape.head_width
+    tape.touch(mode.threads * z.query_rows * row * FLOAT_BYTES)
+    held += z.head_statistic + qkv
+    if shape.qk_norm:
+        tape.take(z.attention)  # attention's output as proj reads it
+    tape.take(z.stream)  # proj
+    if shape.qk_norm and not trained:
+        tape.free(z.attention)
+    if not grad:
+        tape.free(z.attention + held + 2 * z.statistic)
+    if not trained:
+        tape.free(z.stream)  # norm1's output
+    if shape.layer_scale:
+        tape.take(z.stream)
+        if not trained:
+            tape.free(z.stream)
+    tape.take(z.stream)  # the sum
+    tape.free(z.stream)
+
+
+def mlp_half(tape: Tape, shape: ViTShape, z: Sizes, *, grad: bool, trained: bool, part: bool) -> None:
+    """norm2, MLP, residual: from the middle of the block to its output. `part`: norm2 and MLP alone run recomputed."""
+    kept, own = grad and not part, trained and not part
+    tape.take(z.stream + 2 * z.statistic)  # norm2
+    tape.take(z.hidden)
+    if part:
+        tape.free(z.stream)
+    _activation(tape, shape, z)
+    if not kept:
+        tape.free(z.hidden + z.extra)
+    tape.take(z.stream)  # fc2
+    if not own:
+        tape.free(z.activated + (0 if part else z.stream))
+    if not kept:
+        tape.free(2 * z.statistic)
+    if shape.layer_scale:
+        tape.take(z.stream)
+        if not trained:
+            tape.free(z.stream)
+    tape.take(z.stream)  # the sum
+    tape.free(z.stream)
+
+
+def _activation(tape: Tape, shape: ViTShape, z: Sizes) -> None:
+    """From the hidden layer to the activated one, both alive at the end, with what it keeps beyond them."""
+    if shape.hidden_layers > 2:  # several kernels: what each makes stands beside the others
+        tape.take(z.extra)
+        tape.touch((shape.hidden_layers - 2) * z.activated)
+        tape.take(z.activated)
+    else:
+        tape.take(z.extra + z.activated)
+
+
+def made_again(tape: Tape, shape: ViTShape, z: Sizes, level: Recompute, trained: bool, mode: Mode) -> None:
+    """What the backward makes again, up to the last tensor it needs: at the end all that a kept block would hold."""
+    if trained:
+        tape.take(RANDOM_STATE_BYTES)
+    if level is Recompute.BLOCK:
+        attention_half(tape, shape, z, grad=True, trained=trained, pruned=False, mode=mode)
+    tape.take(z.stream + 2 * z.statistic)
+    tape.take(z.hidden)
+    if level is Recompute.MLP and not trained:
+        tape.free(z.stream)
+    _activation(tape, shape, z)
+    if not trained:
+        tape.free(z.activated)
+        if level is Recompute.BLOCK:
+            tape.free(z.stream)
+    if level is Recompute.BLOCK and shape.layer_scale:
+        tape.take(z.stream)  # fc2's output
+        if not trained:
+            tape.free(z.stream)
+    if trained:
+        tape.free(RANDOM_STATE_BYTES)

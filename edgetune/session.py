@@ -1,0 +1,244 @@
+"""From a loaded model to a complete run folder, whatever ends the training."""
+
+from __future__ import annotations
+
+import gc
+import shlex
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from edgetune.backends.base import Backend
+from edgetune.checkpoint import write_atomically
+from edgetune.data import timm_augment
+from edgetune.errors import CapExceeded, EdgetuneError, Interrupted
+from edgetune.guard import Guard, memory_ends
+from edgetune.job import Diverged, Interruption, Job, Listener, NoMemory, OverCap, TrainingState
+from edgetune.methods import METHODS
+from edgetune.outcome import Outcome, make_report
+from edgetune.planner import Plan
+from edgetune.prepare import Setup, step_weights
+from edgetune.replay import forget, reason_of
+from edgetune.report import RunReport, report_to_json
+from edgetune.store import (
+    METRICS_FILE,
+    PLAN_FILE,
+    REPORT_FILE,
+    LoggedListener,
+    Standing,
+    trainable_space,
+    write_json,
+    write_model,
+)
+from edgetune.trainer import train
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
+
+
+@dataclass
+class Session:
+    """One stretch of a run, from its start or from where it was resumed. `began` is monotonic, in seconds."""
+
+    path: Path
+    setup: Setup
+    backend: Backend
+    standing: Standing
+    guard: Guard
+    began: float
+
+    def __post_init__(self) -> None:
+        self.state = self.standing.state
+        self.saved_step = self.state.step
+        method = METHODS[self.setup.settings.method]
+        self.learning_rate = self.setup.settings.learning_rate or method.learning_rate[self.setup.plan.optimizer]
+
+    def count_time(self) -> None:
+        now = time.monotonic()
+        self.state.total_seconds += now - self.began
+        self.began = now
+
+    def save_checkpoint(self, state: TrainingState) -> None:
+        self.count_time()
+        with self.guard.meter.phase("save"):
+            self.standing.write_checkpoint(state)
+        self.saved_step = state.step
+
+    def save_model(self) -> None:
+        with self.guard.meter.phase("save"):
+            write_model(self.path, self.backend)
+
+    def follow(self, plan: Plan, job: Job) -> None:
+        """From now on this plan holds, also for the run that is resumed if the next thing to happen is a kill."""
+        if plan.half_frozen:
+            self.backend.store_half(plan.split_block)
+        if plan.keeps_state:
+            self.backend.reserve(trainable_space(plan))
+        if job.is_whole:
+            self.save_checkpoint(job.state)
+        write_json(self.path / PLAN_FILE, plan)
+
+
+def train_and_report(session: Session, listener: Listener) -> RunReport:
+    """Run the loop and leave a complete folder whatever ends it; then say what ended it.
+
+    Raises: CapExceeded, Interrupted and other EdgetuneErrors, each with the report.
+    """
+    path, setup, state, guard = session.path, session.setup, session.state, session.guard
+    job = _job(session, LoggedListener(listener, path / METRICS_FILE, state))
+    stopped, error = _train(session, job)
+    if state.best is None:
+        with _whatever_ended_it(error), memory_ends("saving the model", guard):
+            session.save_model()  # stopped before the first evaluation: the weights as they are
+    session.count_time()
+    outcome = Outcome(
+        settings=setup.settings,
+        judge=setup.judge,
+        data=setup.data,
+        shape=setup.shape,
+        plan=job.plan,
+        state=state,
+        peaks=guard.meter.stop(),
+        backend=session.backend.name,
+        enforced_by=guard.limit.description,
+        stopped=stopped,
+        learning_rate=session.learning_rate,
+        steps_per_epoch=job.steps_per_epoch,
+        notes=(*setup.notes, *session.standing.notes),
+    )
+    report = make_report(outcome)
+    with _whatever_ended_it(error), memory_ends("writing the report", guard):
+        write_atomically(path / REPORT_FILE, report_to_json(report) + b"\n")
+    if error is None and not report.within_cap:
+        error = CapExceeded(
+            f"{report.verdict}. The folder {path} is complete up to step {state.step}. "
+            "Start again with a larger --ram-cap, or with fewer trained blocks or a smaller batch."
+        )
+    listener.note(f"run folder: {path}")
+    if error is not None:
+        error.report = report
+        raise error
+    return report
+
+
+def _job(session: Session, listener: Listener) -> Job:
+    setup, guard = session.setup, session.guard
+    settings = setup.settings
+    job = Job(
+        settings=settings,
+        method=METHODS[settings.method],
+        plan=setup.plan,
+        shape=setup.shape,
+        backend=session.backend,
+        train_images=setup.data.train,
+        val_images=setup.data.val,
+        preprocess=setup.preprocess,
+        class_weights=step_weights(setup),
+        transform=timm_augment(setup.preprocess, settings.seed) if settings.augment else None,
+        learning_rate=session.learning_rate,
+        listener=listener,
+        checkpoint=session.save_checkpoint,
+        keep_best=session.save_model,
+        enter_phase=guard.meter.enter,
+        memory_bytes=lambda: setup.judge.device_peak_bytes(guard.meter.peaks()),
+        shortage=guard.shortage,
+        is_out_of_memory=lambda error: guard.is_out_of_memory(error, job.plan),
+        tighten=lambda current: guard.tighter(setup.request, current),
+        follow=lambda plan: session.follow(plan, job),
+        decode_budget_bytes=setup.decode_budget_bytes,
+        state=session.state,
+    )
+    return job
+
+
+def _train(session: Session, job: Job) -> tuple[str, EdgetuneError | None]:
+    """Run the loop; why it stopped, and what to raise for it. Whatever can be gone on with is saved by then."""
+    path, state = session.path, session.state
+    go_on = f"edgetune finetune --resume {shlex.quote(str(path))}"
+    with stop_on_signals(job.stop) as signals:
+        try:
+            train(job)
+            return "finished", None
+        except Interruption:
+            number = signals[0] if signals else signal.SIGINT
+            return "interrupted", Interrupted(f"stopped after step {state.step}. Go on with: {go_on}", number)
+        except OverCap:
+            return "over the cap", None
+        except Diverged:
+            return "diverged", EdgetuneError(_diverged(session))
+        except Exception as failure:
+            if not isinstance(failure, NoMemory) and not session.guard.is_out_of_memory(failure, job.plan):
+                if not isinstance(failure, EdgetuneError):
+                    raise
+                # An image that has gone, a full disk: the state is that of the last whole step.
+                _save(session, job)
+                failure.args = (f"{failure} When that is mended, go on with: {go_on}",)
+                return "failed", failure
+            reason = reason_of(failure) + (", under tighter plans too" if isinstance(failure, NoMemory) else "")
+            forget(failure)
+        session.guard.lift()
+        gc.collect()
+        _save(session, job)
+        return "out of memory", CapExceeded(
+            f"memory ran out after step {state.step} ({reason}). {path} is complete up to step {session.saved_step}. With "
+            f"more memory free, go on with: {go_on}"
+        )
+
+
+def _save(session: Session, job: Job) -> None:
+    """A checkpoint, if the weights are worth one and it can be written; there is an earlier one."""
+    if job.is_whole:
+        with suppress(EdgetuneError, MemoryError, OSError, RuntimeError):
+            session.save_checkpoint(session.state)
+
+
+def _diverged(session: Session) -> str:
+    state = session.state
+    reached = "The weights left there are of no use."
+    if state.best is not None and state.best.accuracy is not None:
+        reached = f"The best epoch before, at {state.best.accuracy:.1%}, is kept."
+    return (
+        f"the loss was no finite number at step {state.step}. Try a lower --lr than {session.learning_rate:g}. "
+        f"The run folder is {session.path}. {reached}"
+    )
+
+
+@contextmanager
+def _whatever_ended_it(error: EdgetuneError | None) -> Iterator[None]:
+    """What can't be written any more must not hide what ended the run."""
+    try:
+        yield
+    except EdgetuneError:
+        if error is None:
+            raise
+
+
+@contextmanager
+def stop_on_signals(stop: threading.Event) -> Iterator[list[int]]:
+    """Ctrl-C, SIGTERM and SIGHUP (a terminal that went) ask for a stop after the step at hand; a second one interrupts at once.
+
+    Yields the list of signals that came. Outside the main thread signals stay as they are.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        came.append(number)
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    # What was ignored when we started (nohup, a job in the background of a script) stays ignored.
+    wanted = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in wanted}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

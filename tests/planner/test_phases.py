@@ -1,0 +1,127 @@
+"""What a whole process holds in each phase, and what of it is whose."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planner_cases import RUNTIME, capped, make_request, requests
+
+from edgetune.cost import FLOAT_BYTES
+from edgetune.methods import METHODS
+from edgetune.planner import parts_of, plan, process_bytes, smallest_cap_bytes
+from edgetune.planner.phases import (
+    evaluation_batch,
+    evaluation_live_bytes,
+    most_live_bytes,
+    phases,
+    prefetched_bytes,
+    resting_bytes,
+)
+from edgetune.planner.values import (
+    ALLOCATOR_SHARE,
+    MAX_EVALUATION_BATCH,
+    PREFETCHED_BATCHES,
+    PROCESS_BYTES,
+    Lossy,
+    PlanRequest,
+)
+from edgetune.units import MIB
+
+
+def test_a_process_holds_its_runtime_and_a_little_more_than_what_is_live() -> None:
+    assert process_bytes(RUNTIME, 0) == RUNTIME + PROCESS_BYTES
+    assert process_bytes(RUNTIME, 1000 * MIB) == RUNTIME + PROCESS_BYTES + round((1 + ALLOCATOR_SHARE) * 1000 * MIB)
+
+
+@given(st.integers(1, 2**62), st.integers(0, 2**40))
+def test_the_most_live_bytes_are_under_the_cap_and_one_more_is_not(cap_bytes: int, runtime_bytes: int) -> None:
+    request = make_request(runtime_bytes=runtime_bytes)
+    live = most_live_bytes(capped(request, cap_bytes))
+    assert live >= -1
+    assert live == -1 or process_bytes(runtime_bytes, live) <= cap_bytes
+    assert process_bytes(runtime_bytes, live + 1) > cap_bytes
+
+
+@given(requests(max_depth=6), st.floats(0, 1))
+@settings(deadline=None)
+def test_no_phase_passes_the_cap_and_the_peak_is_the_largest(request: PlanRequest, share: float) -> None:
+    smallest = smallest_cap_bytes(request)
+    cap = smallest + int(share * smallest)
+    chosen = plan(capped(request, cap))
+    assert set(chosen.predicted_phase_bytes) == {"load", "train", "evaluate", "save"}
+    assert chosen.predicted_peak_bytes == max(chosen.predicted_phase_bytes.values()) <= cap
+    # What waits to be trained on and the margin are in it.
+    waiting = PREFETCHED_BATCHES * chosen.predicted.inputs_bytes + request.decode_bytes
+    assert chosen.predicted_phase_bytes["train"] == process_bytes(RUNTIME, chosen.predicted.peak_bytes + waiting)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_takes_no_more_than_training_already_did(method: str) -> None:
+    chosen = plan(make_request(method))
+    assert chosen.evaluation_batch >= 32
+    assert chosen.predicted_phase_bytes["evaluate"] <= chosen.predicted_phase_bytes["train"]
+    tight = plan(capped(make_request(method), smallest_cap_bytes(make_request(method))))
+    assert 1 <= tight.evaluation_batch < MAX_EVALUATION_BATCH
+
+
+@given(requests(max_depth=4), st.integers(0, 2**33))
+@settings(deadline=None)
+def test_an_evaluation_batch_is_the_largest_power_of_two_that_costs_nothing(request: PlanRequest, live: int) -> None:
+    lossy = Lossy(0, 1, (request.shape.patch_tokens,) * request.shape.depth, False, True)
+    batch = evaluation_batch(request, lossy, live)
+    assert batch in (1, 2, 4, 8, 16, 32, 64)
+    assert batch == 1 or evaluation_live_bytes(request, lossy, batch) <= live
+    assert batch == MAX_EVALUATION_BATCH or evaluation_live_bytes(request, lossy, 2 * batch) > live
+
+
+def test_weights_below_the_split_are_stored_in_two_bytes_where_that_is_asked_for() -> None:
+    shape = make_request().shape
+    lossy = Lossy(8, 4, (196,) * 12, False, True)
+    whole, state = resting_bytes(make_request("random-k"), lossy)
+    half, same_state = resting_bytes(make_request("random-k", half_frozen=True), lossy)
+    assert whole == FLOAT_BYTES * shape.parameters
+    assert whole - half == 8 * shape.block_parameters * 2
+    assert state == same_state == 2 * FLOAT_BYTES * (shape.head_parameters + 4 * shape.block_parameters)
+
+
+def test_loading_takes_as_many_copies_of_the_weights_as_the_file_needs() -> None:
+    once, twice = (plan(make_request(load_copies=copies)).predicted_phase_bytes["load"] for copies in (1.0, 2.0))
+    weights = FLOAT_BYTES * make_request().shape.parameters
+    assert twice - once == pytest.approx((1 + ALLOCATOR_SHARE) * weights, abs=2)
+
+
+def test_what_waits_is_two_micro_batches_and_the_image_being_decoded() -> None:
+    request = make_request(decode_bytes=7 * MIB)
+    assert prefetched_bytes(request, 4) == 2 * 4 * 3 * 224 * 224 * 4 + 7 * MIB
+
+
+@given(requests(max_depth=6), st.floats(0, 1))
+@settings(deadline=None)
+def test_the_parts_cover_the_peak_of_training(request: PlanRequest, share: float) -> None:
+    smallest = smallest_cap_bytes(request)
+    chosen = plan(capped(request, smallest + int(share * smallest)))
+    parts = parts_of(chosen)
+    assert list(parts) == [
+        "runtime", "weights", "gradients", "optimizer", "activations", "workspace", "inputs", "margin",
+    ]  # fmt: skip
+    assert all(size >= 0 for size in parts.values())
+    assert sum(parts.values()) >= chosen.predicted_phase_bytes["train"]
+    assert parts["runtime"] == chosen.runtime_bytes
+    assert parts["weights"] == chosen.predicted.weights_bytes
+    waiting = PREFETCHED_BATCHES * chosen.predicted.inputs_bytes + request.decode_bytes
+    assert parts["inputs"] - chosen.predicted.inputs_bytes == pytest.approx(waiting, abs=1)
+    assert parts["margin"] == pytest.approx(
+        PROCESS_BYTES + ALLOCATOR_SHARE * (chosen.predicted.peak_bytes + waiting), abs=2
+    )
+    # What stays through a whole step is under its peak.
+    resting = chosen.predicted.weights_bytes + chosen.predicted.optimizer_bytes + chosen.predicted.inputs_bytes
+    assert resting + chosen.predicted.gradients_bytes <= chosen.predicted.peak_bytes
+
+
+def test_the_phases_of_a_choice_are_those_of_its_plan() -> None:
+    request = make_request("last-k")
+    chosen = plan(request)
+    lossy = Lossy(8, 4, (196,) * 12, False, True)
+    live = chosen.predicted.peak_bytes + prefetched_bytes(request, 32)
+    assert phases(request, lossy, live) == chosen.predicted_phase_bytes
