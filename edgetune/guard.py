@@ -22,13 +22,20 @@ from edgetune.enforce import (
 from edgetune.errors import CapExceeded, DoesNotFit
 from edgetune.judge import Judge
 from edgetune.memory import MemoryMeter
-from edgetune.planner import Plan, PlanRequest, plan, tightened
+from edgetune.planner import Plan, PlanRequest, plan
 from edgetune.replay import forget, reason_of
 from edgetune.units import MIB
 
 # Pages of code that the first steps bring in, which the cap counts and RLIMIT_DATA does not: 1.1 to 1.9 MiB in runs of
 # the bundled model, DeiT-Tiny and DeiT-Small (torch 2.14, x86).
 UNCOUNTED_BYTES = 2 * MIB
+# What is left of the predicted growth each time that memory ran out all the same.
+TIGHTENED_SHARE = 0.8
+# What makes one plan need less than another.
+CHOICES = (
+    "split_block", "trained_blocks", "token_ceiling", "embeddings_train", "keeps_state", "micro_batch", "recompute",
+    "recompute_frozen", "updates_in_backward",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,29 +59,47 @@ class Guard:
         return short_of_memory(self.needed_bytes(plan))
 
     def tighter(self, request: PlanRequest, current: Plan) -> Plan:
-        """The plan after this one, for a run whose memory ran out all the same.
+        """The plan after this one, for a run whose memory ran out all the same; the cap it answers to stays.
 
-        It is `planner.tightened`, no larger than what can be had now (of a limit that somebody else set, or of a machine
-        that others use), and if nothing is as small, the least there is. What lies below the split stays frozen:
-        checkpoints don't hold it, and it may be stored in half precision.
+        It adds TIGHTENED_SHARE of what this one does and no more than can be had now (of a limit that somebody else set,
+        of a machine that others use); if nothing is as small, it is the least there is: what this plan says of its needs
+        has just been shown wrong. What lies below the split stays frozen: checkpoints don't hold it, and it may be stored
+        in half precision.
 
-        Raises: DoesNotFit if nothing needs less than this plan.
+        Raises: DoesNotFit if this plan is the least.
         """
+        runtime, phases = current.runtime_bytes, current.predicted_phase_bytes
+        # The model is loaded: what that took bounds nothing any more.
+        growth = max((size for phase, size in phases.items() if phase != "load"), default=runtime) - runtime
+        room = _added_bytes(self.judge, self.meter) + room_bytes() - UNCOUNTED_BYTES
         splits = tuple(split for split in request.space.splits if split >= current.split_block)
-        space = msgspec.structs.replace(request.space, splits=splits)
-        runtime = current.runtime_bytes
-        request = msgspec.structs.replace(request, space=space, threads=current.threads, runtime_bytes=runtime)
-        cap = runtime + _added_bytes(self.judge, self.meter) + room_bytes() - UNCOUNTED_BYTES
+        request = msgspec.structs.replace(
+            request,
+            space=msgspec.structs.replace(request.space, splits=splits),
+            cap_bytes=runtime + min(int(TIGHTENED_SHARE * growth), room),
+            runtime_bytes=runtime,
+            load_copies=0.0,
+            threads=current.threads,
+        )
         try:
-            found = tightened(request, current)
-            if found.predicted_peak_bytes > cap:
-                found = plan(msgspec.structs.replace(request, cap_bytes=cap))
+            found = plan(request)
         except DoesNotFit as error:
-            if error.smallest_cap_bytes >= current.predicted_peak_bytes:
+            if error.smallest_cap_bytes > current.cap_bytes:
                 raise
             found = plan(msgspec.structs.replace(request, cap_bytes=error.smallest_cap_bytes))
-        evaluation_batch = min(found.evaluation_batch, current.evaluation_batch)
-        return msgspec.structs.replace(found, cap_bytes=current.cap_bytes, evaluation_batch=evaluation_batch)
+            if all(getattr(found, name) == getattr(current, name) for name in CHOICES):
+                raise
+        phases = {
+            phase: phases.get(phase, size) if phase == "load" else size
+            for phase, size in found.predicted_phase_bytes.items()
+        }
+        return msgspec.structs.replace(
+            found,
+            cap_bytes=current.cap_bytes,
+            evaluation_batch=min(found.evaluation_batch, current.evaluation_batch),
+            predicted_phase_bytes=phases,
+            predicted_peak_bytes=max(phases.values()),
+        )
 
     def is_out_of_memory(self, error: BaseException, plan: Plan) -> bool:
         # What was needed is known from the plan alone: what the failed step held is still held here.

@@ -11,15 +11,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from running import SECONDS, environment
+from running import environment
+
+LONGEST_SECONDS = 300
 
 # The planner believes that a run needs SCALE of what it predicts; the rest is the command line.
 DRIVER = """
 import sys
 from edgetune.planner import phases
 scale, data_mib, *arguments = sys.argv[1:]
-phases.ALLOCATOR_SHARE = (1 + phases.ALLOCATOR_SHARE) * float(scale) - 1
-phases.PROCESS_BYTES = round(phases.PROCESS_BYTES * float(scale))
+scale = float(scale)
+process_bytes, most_live_bytes = phases.process_bytes, phases._most_live_bytes
+phases._most_live_bytes = lambda room: most_live_bytes(int(room / scale))
+for name, module in list(sys.modules.items()):
+    if name.startswith("edgetune") and getattr(module, "process_bytes", None) is process_bytes:
+        module.process_bytes = lambda runtime, live: runtime + round(scale * process_bytes(0, live))
 if float(data_mib):
     import resource
     from edgetune import run, system
@@ -66,7 +72,7 @@ def edgetune(
     process = subprocess.Popen(
         given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), bufsize=-1
     )
-    high, over, deadline = 0, -(2**62), time.monotonic() + SECONDS
+    high, over, deadline = 0, -(2**62), time.monotonic() + LONGEST_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         sizes, limit = status(process.pid), data_limit(process.pid)
         high = max(high, sizes.get("VmHWM", 0))

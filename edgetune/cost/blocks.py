@@ -57,7 +57,9 @@ def block_walk(
     attention_half(tape, shape, z, grad=grad and not whole, trained=trained and not whole, pruned=pruned, mode=mode)
     if level is Recompute.MLP:
         tape.take(kept_random)
-    mlp_half(tape, shape, z, grad=grad and not whole, trained=trained and not whole, part=level is Recompute.MLP)
+    mlp_half(
+        tape, shape, z, grad=grad and not whole, trained=trained and not whole, part=level is Recompute.MLP, mode=mode
+    )
     if not grad or whole:
         tape.free(z.stream)  # the middle, which norm2 read
     if not grad:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from edgetune.cost.tape import FLOAT_BYTES, RANDOM_STATE_BYTES, Mode, Sizes, Tape
 from edgetune.cost.values import Recompute, ViTShape
 
+_PLAIN = Mode()
+
 
 def attention_half(
     tape: Tape, shape: ViTShape, z: Sizes, *, grad: bool, trained: bool, pruned: bool, mode: Mode
@@ -17,6 +19,7 @@ def attention_half(
     tape.take(z.stream + 2 * z.statistic)  # norm1
     qkv = 3 * z.attention
     tape.take(qkv)
+    _used(tape, mode, shape.width, 3 * shape.attention_width)
     if pruned:  # the class token's row: q and k normed anew, k laid out for the product
         tape.touch((3 if shape.qk_norm else 1) * z.attention)
         tape.take(z.statistic)
@@ -35,6 +38,7 @@ def attention_half(
     if shape.qk_norm:
         tape.take(z.attention)  # attention's output as proj reads it
     tape.take(z.stream)  # proj
+    _used(tape, mode, shape.attention_width, shape.width)
     if shape.qk_norm and not trained:
         tape.free(z.attention)
     if not grad:
@@ -49,17 +53,27 @@ def attention_half(
     tape.free(z.stream)
 
 
-def mlp_half(tape: Tape, shape: ViTShape, z: Sizes, *, grad: bool, trained: bool, part: bool) -> None:
+def _used(tape: Tape, mode: Mode, columns: int, rows: int) -> None:
+    """The float32 copy of a linear's weight and bias, which is there while its output is made."""
+    if mode.half_weights:
+        tape.touch(rows * (columns + 1) * FLOAT_BYTES)
+
+
+def mlp_half(
+    tape: Tape, shape: ViTShape, z: Sizes, *, grad: bool, trained: bool, part: bool, mode: Mode = _PLAIN
+) -> None:
     """norm2, MLP, residual: from the middle of the block to its output. `part`: norm2 and MLP alone run recomputed."""
     kept, own = grad and not part, trained and not part
     tape.take(z.stream + 2 * z.statistic)  # norm2
     tape.take(z.hidden)
+    _used(tape, mode, shape.width, shape.mlp_width * (2 if shape.gated_mlp else 1))
     if part:
         tape.free(z.stream)
     _activation(tape, shape, z)
     if not kept:
         tape.free(z.hidden + z.extra)
     tape.take(z.stream)  # fc2
+    _used(tape, mode, shape.mlp_width, shape.width)
     if not own:
         tape.free(z.activated + (0 if part else z.stream))
     if not kept:

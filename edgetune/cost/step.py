@@ -21,7 +21,7 @@ from edgetune.cost.ends import embed_backward, embed_forward, head_backward, hea
 from edgetune.cost.flops import step_flops
 from edgetune.cost.tape import FLOAT_BYTES, Mode, Tape
 from edgetune.cost.values import BlockState, Recompute, Selection, StepCost, ViTShape, block_states
-from edgetune.cost.weights import block_matrices, optimizer_bytes, trained_parameters, update_scratch_bytes
+from edgetune.cost.weights import optimizer_bytes, trained_parameters, update_scratch_bytes
 from edgetune.optim import OptimizerName
 
 # Class-token deltas: the class token before a block, its change, the change squared.
@@ -128,12 +128,9 @@ def placed_walk(
     prunes = after < came or (setup.may_prune and block + 1 < shape.depth)
     trained = state is BlockState.TRAINED
     # What a block that makes no gradient of its own holds does not depend on what is done with them.
-    mode = setup.mode if trained else Mode(threads=setup.threads)
+    mode = setup.mode if trained else Mode(threads=setup.threads, half_weights=block < setup.half_blocks)
     walk = block_walk(shape, state, level, came, after if prunes else None, batch, lowest, mode)
     beside = _DELTA_COPIES * batch * shape.width * FLOAT_BYTES
-    if block < setup.half_blocks:
-        # A weight stored at half precision is a float32 copy while it is used, one at a time.
-        beside += max(rows * columns for rows, columns in block_matrices(shape)) * FLOAT_BYTES
     moved = batch * (after - came) * shape.width * FLOAT_BYTES
     return walk._replace(forward_peak=walk.forward_peak + beside, kept=walk.kept + moved)
 
@@ -222,10 +219,8 @@ def evaluation_peak_bytes(shape: ViTShape, batch: int, *, threads: int = 1, half
     tape = Tape()
     tape.take(input_bytes(shape, batch))
     embed_forward(tape, shape, batch, keeps=False)
-    walk = block_walk(
-        shape, BlockState.BELOW, Recompute.NOTHING, shape.patch_tokens, None, batch, False, Mode(threads=threads)
-    )
-    upcast = max(rows * columns for rows, columns in block_matrices(shape)) * FLOAT_BYTES
-    tape.touch(walk.forward_peak + (upcast if half_blocks else 0))
+    mode = Mode(threads=threads, half_weights=half_blocks > 0)
+    walk = block_walk(shape, BlockState.BELOW, Recompute.NOTHING, shape.patch_tokens, None, batch, False, mode)
+    tape.touch(walk.forward_peak)
     tape.touch(batch * (shape.all_tokens * (shape.width + 2) + 2 * shape.classes) * FLOAT_BYTES)
     return tape.peak

@@ -18,6 +18,7 @@ class Mode(NamedTuple):
     accumulates: bool = False  # a weight's new gradient is added to one that is there, and goes
     updates_in_backward: bool = False  # a weight's gradient goes as soon as the weight is updated
     threads: int = 1
+    half_weights: bool = False  # a weight is a float32 copy of what is stored as bfloat16, while its module runs
 
     @property
     def gradients_stay(self) -> bool:

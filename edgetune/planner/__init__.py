@@ -1,7 +1,8 @@
 """The plan of a run under a cap, or `DoesNotFit` with the smallest cap that would do. Pure, no torch, no numpy.
 
-`search.py` says what the planner may choose and in which order, `worst.py` which draw is the worst, `phases.py` what a
-whole process holds, `tokens.py` what clips a step to the plan, `explain.py` puts it into words.
+`choices.py` writes down what the planner may choose and in which order, `search.py` finds the best of it, `ways.py` the
+fastest way to run one choice, `worst.py` the worst draw; `phases.py` says what a whole process holds, `tokens.py` clips a
+step to the plan, `lighter.py` gives it back what it has room for, `explain.py` puts the plan into words.
 """
 
 from edgetune.planner.explain import format_cap

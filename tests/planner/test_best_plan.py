@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_cases import Tried, capped, choices_of, every_plan, requests
 
+from edgetune.cost import block_forward_flops
 from edgetune.errors import DoesNotFit
 from edgetune.planner import PlanRequest, plan, smallest_cap_bytes
+from edgetune.planner.ways import seconds_of
 
 
 def _best(tried: list[Tried], cap_bytes: int) -> Tried:
@@ -45,19 +47,7 @@ def test_a_time_is_predicted_only_for_a_device_whose_speed_is_known(request: Pla
     chosen = plan(request)
     lossy, lossless = choices_of(chosen)
     seconds = seconds_of(request, lossy, lossless)
-    assert seconds > 0
     assert chosen.predicted_step_seconds == (seconds if request.peak_flops_per_s else None)
-    flops = step_flops(request.shape, step_of(_typical(request, lossy), lossy, lossless), request.batch_size)
     if request.peak_flops_per_s:
-        assert seconds > flops / request.peak_flops_per_s
-
-
-def _typical(request: PlanRequest, lossy: Lossy) -> tuple[bool, ...]:
-    """Drawn blocks spread evenly from the split up."""
-    depth, split, count = request.shape.depth, lossy.split_block, lossy.trained_blocks
-    if not request.space.draws:
-        return next(every_draw(request, lossy))
-    return tuple(
-        block >= split and (block - split) * count // (depth - split) != (block - split - 1) * count // (depth - split)
-        for block in range(depth)
-    )
+        forward = sum(block_forward_flops(request.shape, tokens) for tokens in chosen.token_ceiling)
+        assert seconds > request.batch_size * forward / request.peak_flops_per_s
