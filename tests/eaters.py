@@ -18,14 +18,25 @@ LONGEST_SECONDS = 300
 # The planner believes that a run needs SCALE of what it predicts; the rest is the command line.
 DRIVER = """
 import sys
-from edgetune.planner import phases
+import msgspec
+from edgetune import guard, planner, prepare
+from edgetune.errors import DoesNotFit
 scale, data_mib, *arguments = sys.argv[1:]
 scale = float(scale)
-process_bytes, most_live_bytes = phases.process_bytes, phases._most_live_bytes
-phases._most_live_bytes = lambda room: most_live_bytes(int(room / scale))
-for name, module in list(sys.modules.items()):
-    if name.startswith("edgetune") and getattr(module, "process_bytes", None) is process_bytes:
-        module.process_bytes = lambda runtime, live: runtime + round(scale * process_bytes(0, live))
+def optimistic(request, **more):
+    runtime, cap = request.runtime_bytes, request.cap_bytes
+    def less(size):
+        return runtime + int(scale * (size - runtime)) + 2
+    try:
+        larger = msgspec.structs.replace(request, cap_bytes=runtime + int((cap - runtime) / scale))
+        made = planner.plan(larger, **more)
+    except DoesNotFit as error:
+        raise DoesNotFit(str(error), less(error.smallest_cap_bytes)) from None
+    phases = {phase: less(size) for phase, size in made.predicted_phase_bytes.items()}
+    peak = less(made.predicted_peak_bytes)
+    return msgspec.structs.replace(made, cap_bytes=cap, predicted_phase_bytes=phases, predicted_peak_bytes=peak)
+if scale != 1:
+    prepare.make_plan = guard.plan = optimistic
 if float(data_mib):
     import resource
     from edgetune import run, system

@@ -21,7 +21,7 @@ pytest.importorskip("torch")
 pytest.importorskip("timm")
 
 from edgetune.report import RunReport, read_report
-from edgetune.units import GIB, MIB
+from edgetune.units import GIB, MIB, parse_bytes
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,14 +47,20 @@ def finished(done: Watched, folder: Path, steps: int = 6) -> RunReport:
     return report
 
 
-@pytest.mark.parametrize(
-    ("method", "cap_mib", "scale"), [("full", 360, 0.7), ("full", 450, 0.7), ("last-k", 341, 0.6), ("alast", 360, 0.6)]
-)
+def cap_above_least(method: str, more_mib: int) -> int:
+    """A cap so much above the least under which the method works on the simulated device, in bytes."""
+    done = cli(
+        "plan", "--model", "edgetune_micro", "--device", "jetson-nano", "-b", "64", "--method", method, "--min-cap"
+    )
+    return parse_bytes(done.stdout) + more_mib * MIB
+
+
+@pytest.mark.parametrize(("method", "more_mib", "scale"), [("full", 13, 0.7), ("last-k", 9, 0.6), ("alast", 38, 0.7)])
 def test_a_plan_a_third_too_small_finishes_under_the_limit_and_loses_no_sample(
-    images: Path, tmp_path: Path, method: str, cap_mib: int, scale: float
+    images: Path, tmp_path: Path, method: str, more_mib: int, scale: float
 ) -> None:
-    folder = tmp_path / "r"
-    flags = ["--device", "jetson-nano", "--ram-cap", f"{cap_mib}MiB", "--method", method, "--enforce", "rlimit"]
+    cap, folder = cap_above_least(method, more_mib), tmp_path / "r"
+    flags = ["--device", "jetson-nano", "--ram-cap", str(cap), "--method", method, "--enforce", "rlimit"]
     flags += ["--initial-budget", "1"] if method == "alast" else []  # so that steps are what the plan is made for
     done = edgetune("finetune", "--data", images, *COMMON, *flags, "--output", folder, scale=scale)
     report = finished(done, folder)
@@ -62,7 +68,7 @@ def test_a_plan_a_third_too_small_finishes_under_the_limit_and_loses_no_sample(
     assert report.enforced_by.startswith("enforced by RLIMIT_DATA")
     assert report.runtime_bytes is not None
     assert report.device_runtime_bytes is not None
-    room = cap_mib * MIB - report.device_runtime_bytes
+    room = cap - report.device_runtime_bytes
     assert done.high_water_bytes <= report.runtime_bytes + room
     assert done.most_over_limit_bytes <= 0
     if method == "last-k":  # nothing lossy in it: the run is the one that has memory enough
@@ -113,8 +119,8 @@ def test_a_profile_that_promises_more_than_there_is_costs_a_tightening(
 
 
 def test_a_plan_that_three_tightenings_do_not_mend_ends_cleanly_and_goes_on_later(images: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "r"
-    flags = ("--device", "jetson-nano", "--method", "full", "--ram-cap", "352MiB", "--output", folder)
+    cap, folder = cap_above_least("full", 5), tmp_path / "r"
+    flags = ("--device", "jetson-nano", "--method", "full", "--ram-cap", str(cap), "--output", folder)
     done = edgetune("finetune", "--data", images, *COMMON, *flags, scale=0.2)
     assert done.code == 4, done.err
     assert "Traceback" not in done.err
@@ -142,8 +148,8 @@ def test_no_memory_even_for_the_model_is_a_clear_error(images: Path, tmp_path: P
 
 
 def test_a_cap_that_is_watched_only_still_stops_the_run(images: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "r"
-    flags = ("--device", "jetson-nano", "--ram-cap", "360MiB", "--method", "full", "--enforce", "none")
+    cap, folder = cap_above_least("full", 13), tmp_path / "r"
+    flags = ("--device", "jetson-nano", "--ram-cap", str(cap), "--method", "full", "--enforce", "none")
     done = edgetune("finetune", "--data", images, *COMMON, *flags, "--output", folder, scale=0.5)
     assert done.code == 4, done.err
     report = read_report(folder)

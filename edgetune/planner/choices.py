@@ -8,7 +8,8 @@ Lossy choices, most preferred first; the first for which any lossless choice fit
 4. the most blocks a step (K, down to half of those above the split): fewer trained blocks learn slower;
 5. the highest token ceiling: one share that every block above the split may pass on, from all down to the floor.
 
-Lossless choices, of which the fastest that fits is taken, by `cost.time`; of equals the first named here:
+Lossless choices, of which the fastest that fits is taken, by `cost.time` (of those as fast, to 5 %, the one with the
+largest micro-batch, then the first named here):
 
 - recompute of blocks that train: one level for all, or a deeper level below some block and a lighter one from it on;
 - recompute of frozen blocks that gradient passes through: as if they trained, or whole;

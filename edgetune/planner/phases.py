@@ -9,30 +9,37 @@ from edgetune import cost
 from edgetune.cost import FLOAT_BYTES
 from edgetune.planner.values import (
     ALLOCATOR_SHARE,
+    HOLES_BYTES,
     MAX_EVALUATION_BATCH,
     PREFETCHED_BATCHES,
     PROCESS_BYTES,
     Lossless,
     Lossy,
+    MethodSpace,
     Plan,
     PlanRequest,
     setup_of,
 )
 
 
-def process_bytes(runtime_bytes: int, live_bytes: int) -> int:
+def process_bytes(runtime_bytes: int, live_bytes: int, *, head_alone: bool = False) -> int:
     """Peak of the process for a peak of live bytes above the runtime."""
-    return runtime_bytes + PROCESS_BYTES + round(live_bytes * (1 + ALLOCATOR_SHARE))
+    fixed = PROCESS_BYTES - HOLES_BYTES if head_alone else PROCESS_BYTES
+    return runtime_bytes + fixed + round(live_bytes * (1 + ALLOCATOR_SHARE))
+
+
+def trains_head_alone(space: MethodSpace) -> bool:
+    return not any(space.embeddings) and not any(count for counts in space.trained_blocks.values() for count in counts)
 
 
 def most_live_bytes(request: PlanRequest) -> int:
     """The largest peak of live bytes that `process_bytes` keeps under the cap; -1 if there is none."""
-    return _most_live_bytes(request.cap_bytes - request.runtime_bytes)
+    return _most_live_bytes(request.cap_bytes - request.runtime_bytes, trains_head_alone(request.space))
 
 
 @lru_cache(maxsize=64)
-def _most_live_bytes(room: int) -> int:
-    return bisect_right(range(max(0, room)), room, key=lambda live: process_bytes(0, live)) - 1
+def _most_live_bytes(room: int, head_alone: bool) -> int:
+    return bisect_right(range(max(0, room)), room, key=lambda live: process_bytes(0, live, head_alone=head_alone)) - 1
 
 
 def prefetched_bytes(request: PlanRequest, batch: int) -> int:
@@ -71,11 +78,14 @@ def other_live_bytes(request: PlanRequest, lossy: Lossy) -> dict[str, int]:
     """Live bytes of the phases that are not training or evaluation."""
     shape = request.shape
     weights, state = resting_bytes(request, lossy)
-    whole = shape.parameters * FLOAT_BYTES
+    whole, largest = shape.parameters * FLOAT_BYTES, shape.largest_parameter * FLOAT_BYTES
     return {
-        # Weights are read tensor by tensor into their place, so the largest exists twice.
-        "load": round(request.load_copies * whole) + shape.largest_parameter * FLOAT_BYTES,
-        "save": weights + state + shape.largest_parameter * FLOAT_BYTES,
+        "data": request.decode_bytes,
+        # Weights are read tensor by tensor into their place, so the largest exists twice, and once more where a stored
+        # one is converted; what is saved is written from where it lies.
+        "load": round(request.load_copies * whole) + largest,
+        "save": weights + state + (largest if request.half_frozen else 0),
+        "resume": weights + state + 2 * largest,
     }
 
 
@@ -88,13 +98,9 @@ def phases(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> dict
     """Predicted peak of the process in each phase. `training_live_bytes`: what waits to be trained on included."""
     batch = evaluation_batch(request, lossy, training_live_bytes)
     live = other_live_bytes(request, lossy)
-    live = {
-        "load": live["load"],
-        "train": training_live_bytes,
-        "evaluate": evaluation_live_bytes(request, lossy, batch),
-        "save": live["save"],
-    }
-    return {phase: process_bytes(request.runtime_bytes, size) for phase, size in live.items()}
+    live |= {"train": training_live_bytes, "evaluate": evaluation_live_bytes(request, lossy, batch)}
+    alone = trains_head_alone(request.space)
+    return {phase: process_bytes(request.runtime_bytes, size, head_alone=alone) for phase, size in live.items()}
 
 
 def parts_of(plan: Plan) -> dict[str, int]:
@@ -103,7 +109,7 @@ def parts_of(plan: Plan) -> dict[str, int]:
     """
     step = plan.predicted
     grown = plan.predicted_phase_bytes["train"] - plan.runtime_bytes
-    live = _most_live_bytes(grown)
+    live = _most_live_bytes(grown, not plan.trained_blocks and not plan.embeddings_train)
     return {
         "runtime": plan.runtime_bytes,
         "weights": step.weights_bytes,

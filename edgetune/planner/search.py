@@ -15,7 +15,7 @@ from edgetune.cost import Recompute, StepCost, ViTShape, step_cost
 from edgetune.errors import DoesNotFit
 from edgetune.planner.choices import check, lossy_choices, lossy_families
 from edgetune.planner.explain import does_not_fit_message, explain, format_cap
-from edgetune.planner.phases import evaluation_batch, phases, prefetched_bytes, process_bytes
+from edgetune.planner.phases import evaluation_batch, phases, prefetched_bytes, process_bytes, trains_head_alone
 from edgetune.planner.tokens import floor_of
 from edgetune.planner.values import Lossless, Lossy, Plan, PlanRequest, setup_of
 from edgetune.planner.ways import Ways, seconds_of
@@ -71,12 +71,14 @@ def smallest_cap_bytes(request: PlanRequest) -> int:
             live, _ = ways.cheapest()
             least = live if least is None else min(least, live)
     assert least is not None
-    return process_bytes(request.runtime_bytes, least)
+    return process_bytes(request.runtime_bytes, least, head_alone=trains_head_alone(request.space))
 
 
 def _refused(request: PlanRequest, lossy: Lossy, needs: tuple[int, Lossless]) -> Refused:
     live, lossless = needs
-    return Refused(lossy, lossless, process_bytes(request.runtime_bytes, live))
+    return Refused(
+        lossy, lossless, process_bytes(request.runtime_bytes, live, head_alone=trains_head_alone(request.space))
+    )
 
 
 def _finish(request: PlanRequest, lossy: Lossy, lossless: Lossless, refused: Refused | None) -> Plan:

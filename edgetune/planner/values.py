@@ -14,6 +14,8 @@ from edgetune.units import MIB
 # (Python objects, code paged in by kernels the warm-up did not meet, report). Measured by `benchmarks/cap.py`.
 ALLOCATOR_SHARE = 0.03
 PROCESS_BYTES = 8 * MIB
+# Of that, what small tensors of blocks that train leave as holes; a head alone has none.
+HOLES_BYTES = 4 * MIB
 # Micro-batches that exist beside the one being computed: one being loaded, one waiting.
 PREFETCHED_BATCHES = 2
 MAX_EVALUATION_BATCH = 64

@@ -16,7 +16,7 @@ from edgetune.planner import EmbeddingsChoice, Plan, PlanRequest
 from edgetune.planner.choices import lossless_choices, lossy_choices
 from edgetune.planner.phases import phases, prefetched_bytes
 from edgetune.planner.values import Lossless, Lossy, setup_of, with_levels
-from edgetune.planner.ways import seconds_of
+from edgetune.planner.ways import AS_FAST, seconds_of
 from edgetune.units import MIB
 
 RUNTIME = 200 * MIB
@@ -152,6 +152,14 @@ def every_plan(request: PlanRequest) -> list[Tried]:
             peak = max(phases(request, lossy, live).values())
             found.append(Tried(number, seconds_of(request, lossy, lossless), place, peak, lossy, lossless))
     return sorted(found, key=lambda tried: tried[:3])
+
+
+def best_of(tried: list[Tried], cap_bytes: int) -> Tried:
+    """The plan that the planner has to choose, of all there are."""
+    fits = [one for one in tried if one.peak_bytes <= cap_bytes]
+    as_fast = [one for one in fits if one.lossy == fits[0].lossy and one.seconds <= AS_FAST * fits[0].seconds]
+    largest = max(one.lossless.micro_batch for one in as_fast)
+    return next(one for one in as_fast if one.lossless.micro_batch == largest)
 
 
 def choices_of(chosen: Plan) -> tuple[Lossy, Lossless]:

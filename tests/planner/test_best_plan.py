@@ -5,16 +5,12 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_cases import Tried, capped, choices_of, every_plan, requests
+from planner_cases import best_of, capped, choices_of, every_plan, requests
 
 from edgetune.cost import block_forward_flops
 from edgetune.errors import DoesNotFit
 from edgetune.planner import PlanRequest, plan, smallest_cap_bytes
 from edgetune.planner.ways import seconds_of
-
-
-def _best(tried: list[Tried], cap_bytes: int) -> Tried:
-    return next(one for one in tried if one.peak_bytes <= cap_bytes)
 
 
 @given(requests(max_depth=3, max_batch=4, max_grid=8), st.lists(st.floats(0, 1), min_size=6, max_size=6))
@@ -31,7 +27,7 @@ def test_a_plan_is_the_best_that_fits_and_the_smallest_cap_the_least_that_has_on
         for cap in (peak, peak - 1):  # as much as one plan needs, and one byte less
             if cap < smallest:
                 continue
-            best = _best(tried, cap)
+            best = best_of(tried, cap)
             chosen = plan(capped(request, cap))
             assert choices_of(chosen) == (best.lossy, best.lossless)
             assert chosen.predicted_peak_bytes == best.peak_bytes

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_cases import Tried, capped, every_plan, make_request, requests
+from planner_cases import Tried, best_of, capped, every_plan, make_request, requests
 from shapes import make_shape
 
 from edgetune.cost import Recompute
@@ -46,7 +46,8 @@ def _refused(tried: list[Tried], request: PlanRequest, chosen: Plan) -> Tried | 
     """
     fitting = next(one for one in tried if one.peak_bytes <= request.cap_bytes)
     before = [one for one in tried if one[:3] < fitting[:3]]
-    assert (fitting.peak_bytes, fitting.lossless.micro_batch) == (chosen.predicted_peak_bytes, chosen.micro_batch)
+    best = best_of(tried, request.cap_bytes)
+    assert (best.peak_bytes, best.lossless.micro_batch) == (chosen.predicted_peak_bytes, chosen.micro_batch)
     if not before:
         return None
     last = before[-1].lossy_number

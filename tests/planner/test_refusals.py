@@ -92,6 +92,6 @@ def test_no_method_needs_less_than_its_largest_phase_beside_training() -> None:
     request = make_request("head", batch_size=1, load_copies=3.0)
     weights = 4 * request.shape.parameters
     smallest = smallest_cap_bytes(request)
-    assert smallest >= process_bytes(RUNTIME, 3 * weights)
+    assert smallest >= process_bytes(RUNTIME, 3 * weights, head_alone=True)
     chosen = plan(capped(request, smallest))
     assert chosen.predicted_phase_bytes["load"] == smallest > chosen.predicted_phase_bytes["train"]
