@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from edgetune import cost
+from edgetune.allocator import limit_allocator
 from edgetune.backends.pytorch import TorchBackend, without_onednn
 from edgetune.cost import Recompute, Selection, StepCost, StepSetup, ViTShape
 from edgetune.optim import OptimizerName, OptimizerSettings
@@ -226,6 +227,7 @@ def line(outcome: Outcome) -> str:
 
 def run(configs: int, seed: int, families: Sequence[str], flops_every: int) -> Iterator[Outcome]:
     """The families take turns; every `flops_every`th configuration of each has its FLOPs counted too."""
+    limit_allocator()  # else what freed models leave is kept: 15 GiB after 500 of them
     without_onednn()  # as every run
     rng = random.Random(seed)
     for number in range(configs):

@@ -89,7 +89,9 @@ class FakeBackend:
         if self._steps in self.fail_at:
             return StepResult(loss=float("nan"), correct=0, images=images, class_token_deltas=None, updated=False)
         self.weight -= learning_rate * gradient / weight_sum
-        deltas = tuple(0.1 * (block + 1) + seed % (97 + block) / 970 for block in range(self.depth)) if with_deltas else None
+        deltas = (
+            tuple(0.1 * (block + 1) + seed % (97 + block) / 970 for block in range(self.depth)) if with_deltas else None
+        )
         return StepResult(loss=loss / weight_sum, correct=correct, images=images, class_token_deltas=deltas)
 
     def evaluate(self, inputs: Images) -> Array:

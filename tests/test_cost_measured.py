@@ -143,7 +143,13 @@ def test_weights_stored_as_bfloat16_are_counted_as_half_and_one_copy(threads: in
     config = Config("", 16, 2, 1, "adamw", False, threads, selection, half_blocks=9)
     outcome = memory_model.measure(model, config, with_flops=False)
     _holds(outcome)
-    assert outcome.measured_bytes < 0.8 * _outcome(model=_micro(embed_dim=384, num_heads=6, img_size=16), selection=selection, micro_batch=2).measured_bytes
+    assert (
+        outcome.measured_bytes
+        < 0.8
+        * _outcome(
+            model=_micro(embed_dim=384, num_heads=6, img_size=16), selection=selection, micro_batch=2
+        ).measured_bytes
+    )
 
 
 # What is built otherwise: (a block's or head's own parts; lowest and highest error)

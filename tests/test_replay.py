@@ -306,7 +306,8 @@ def test_a_failed_attempt_holds_nothing_when_the_next_plan_is_made(image_folder:
         except MemoryError as error:
             own = Buffer()
             held.append(weakref.ref(own))
-            raise RuntimeError("std::bad_alloc") from error
+            failure = RuntimeError("std::bad_alloc")  # that this frame holds it makes a cycle
+            raise failure from error
 
     def tighten(plan: Plan) -> Plan:
         alive.append([reference for reference in held if reference() is not None])

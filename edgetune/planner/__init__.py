@@ -8,7 +8,7 @@ step to the plan, `lighter.py` gives it back what it has room for, `explain.py` 
 from edgetune.planner.explain import format_cap
 from edgetune.planner.lighter import lightened
 from edgetune.planner.phases import parts_of, process_bytes
-from edgetune.planner.search import plan, replayed, smallest_cap_bytes, tightened
+from edgetune.planner.search import plan, replayed, smallest_cap_bytes
 from edgetune.planner.tokens import ceilings, default_token_floor, fit
 from edgetune.planner.values import (
     PLAN_FORMAT_VERSION,
@@ -36,5 +36,4 @@ __all__ = [
     "process_bytes",
     "replayed",
     "smallest_cap_bytes",
-    "tightened",
 ]

@@ -163,21 +163,6 @@ def replayed(plan: Plan, *, cap_bytes: int, runtime_bytes: int) -> Plan:
     )
 
 
-# What is left of the predicted growth each time that memory ran out all the same.
-TIGHTENED_SHARE = 0.8
-
-
-def tightened(request: PlanRequest, current: Plan) -> Plan:
-    """A plan that adds less than this one, for a run whose memory ran out; the cap it answers to stays what it is.
-
-    Raises: DoesNotFit if nothing needs as little.
-    """
-    growth = current.predicted_peak_bytes - current.runtime_bytes
-    cap = current.runtime_bytes + int(growth * TIGHTENED_SHARE)
-    tighter = plan(msgspec.structs.replace(request, cap_bytes=cap, runtime_bytes=current.runtime_bytes))
-    return msgspec.structs.replace(tighter, cap_bytes=current.cap_bytes)
-
-
 def _refusal(request: PlanRequest, smallest_cap: int, smaller_models: Iterable[ViTShape]) -> str:
     tries = [f"--ram-cap {format_cap(smallest_cap)}"]
     for smaller in sorted(smaller_models, key=lambda other: -other.parameters):
