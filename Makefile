@@ -48,8 +48,9 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/python benchmarks/memory_plan.py
 	$(BIN)/python benchmarks/allocators.py
+	$(BIN)/python benchmarks/memory_model.py
+	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/cap.py
 	$(BIN)/python benchmarks/defaults.py
 
