@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.util
 import itertools
@@ -32,6 +33,9 @@ RUNTIME = 300 * MIB
 
 @pytest.fixture
 def meter() -> Iterator[MemoryMeter]:
+    # What earlier tests left must not go meanwhile.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     with MemoryMeter() as meter:
         yield meter
 
