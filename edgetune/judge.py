@@ -50,6 +50,11 @@ def is_this_machine(profile: DeviceProfile) -> bool:
     )
 
 
+def threads_for(profile: DeviceProfile) -> int:
+    """CPU threads to run a device's work with here: its cores, at most this machine's."""
+    return min(profile.cores or 2**10, system.usable_cores())
+
+
 def default_cap_bytes(profile: DeviceProfile) -> int:
     """The cap without `--ram-cap`: what is usable, and on a device that bounds anonymous memory apart, what that leaves."""
     here = is_this_machine(profile)

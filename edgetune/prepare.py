@@ -14,7 +14,7 @@ from edgetune.data import DataFolder, Preprocess, bundled_sample, class_weights,
 from edgetune.enforce import by_rlimit, rehearse
 from edgetune.errors import BackendUnavailable, UsageError
 from edgetune.job import Listener
-from edgetune.judge import Judge, is_this_machine, judge_for
+from edgetune.judge import Judge, is_this_machine, judge_for, threads_for
 from edgetune.memory import MemoryMeter, limit_allocator
 from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
 from edgetune.optim import OptimizerSettings
@@ -147,8 +147,8 @@ def prepare(
 
 
 def threads_of(settings: RunSettings, profile: DeviceProfile) -> int:
-    """CPU threads: as asked for, else the device's cores, at most this machine's."""
-    return settings.threads or min(profile.cores or 2**10, system.usable_cores())
+    """CPU threads: as asked for, else the device's."""
+    return settings.threads or threads_for(profile)
 
 
 def warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) -> Judge:

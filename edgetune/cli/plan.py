@@ -90,6 +90,7 @@ def plan(
 ) -> None:
     """What a run would use: bytes by kind against the cap, what is trained, and what a little more memory would allow."""
     from edgetune import devices
+    from edgetune.judge import threads_for
     from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
     from edgetune.planner import PlanRequest, format_cap, smallest_cap_bytes
     from edgetune.planner import plan as make_plan
@@ -125,7 +126,7 @@ def plan(
             cap_bytes=cap,
             runtime_bytes=runtime,
             decode_bytes=_SMALL_DECODE_BYTES + 16 * shape.image_px[0] * shape.image_px[1],
-            threads=_threads(profile),
+            threads=threads_for(profile),
             peak_flops_per_s=profile.peak_flops_per_s,
             memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
             **levers,
@@ -162,13 +163,6 @@ def _shape(model: str, classes: int, image_size: int | None) -> ViTShape:
     from edgetune.vit.models import ModelSource, describe
 
     return describe(ModelSource(name=model, image_px=image_size), classes)[0]
-
-
-def _threads(profile: DeviceProfile) -> int:
-    """As a run has them here: the device's cores, at most this machine's."""
-    from edgetune import system
-
-    return min(profile.cores or 2**10, system.usable_cores())
 
 
 def _cap_and_runtime(profile: DeviceProfile, ram_cap: str | None) -> tuple[int, int, str]:

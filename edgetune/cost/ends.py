@@ -17,6 +17,15 @@ def _columns(shape: ViTShape, batch: int) -> int:
     return batch * shape.patch_tokens * patch * FLOAT_BYTES
 
 
+def _norm_backward(tape: Tape, shape: ViTShape, statistic: int, mode: Mode, *, inner: bool) -> None:
+    """A norm outside of the blocks, of tokens with `statistic` bytes for one float each: what it kept goes."""
+    stream = statistic * shape.width
+    norm = 2 * shape.width * FLOAT_BYTES
+    tape.take((stream if inner else 0) + norm)
+    tape.touch(mode.threads * norm)
+    tape.free(2 * stream + 2 * statistic + (0 if mode.gradients_stay else norm))
+
+
 def embed_forward(tape: Tape, shape: ViTShape, batch: int, *, keeps: bool) -> None:
     """Images to tokens. At the end the tokens are live, and what the backward needs where the embeddings train."""
     patches = batch * shape.patch_tokens * shape.width * FLOAT_BYTES
@@ -45,11 +54,8 @@ def embed_backward(tape: Tape, shape: ViTShape, batch: int, mode: Mode) -> None:
     patches = batch * shape.patch_tokens * shape.width * FLOAT_BYTES
     statistic = batch * shape.all_tokens * FLOAT_BYTES
     stream = statistic * shape.width
-    norm = 2 * shape.width * FLOAT_BYTES
     if shape.pre_norm:
-        tape.take(stream + norm)
-        tape.touch(mode.threads * norm)
-        tape.free(2 * stream + 2 * statistic + (0 if mode.gradients_stay else norm))
+        _norm_backward(tape, shape, statistic, mode, inner=True)
     positions = (shape.embed_parameters * FLOAT_BYTES) - kernel
     tape.take(positions)
     if not mode.gradients_stay:
@@ -85,7 +91,4 @@ def head_backward(tape: Tape, shape: ViTShape, patch_tokens: int, batch: int, mo
     tape.free(stream)  # the final norm's output
     tape.take(stream)  # its gradient
     tape.free(pooled)
-    norm = 2 * shape.width * FLOAT_BYTES
-    tape.take((stream if inner else 0) + norm)
-    tape.touch(mode.threads * norm)
-    tape.free(2 * stream + 2 * statistic + (0 if mode.gradients_stay else norm))
+    _norm_backward(tape, shape, statistic, mode, inner=inner)

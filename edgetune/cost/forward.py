@@ -9,8 +9,6 @@ from __future__ import annotations
 from edgetune.cost.tape import FLOAT_BYTES, RANDOM_STATE_BYTES, Mode, Sizes, Tape
 from edgetune.cost.values import Recompute, ViTShape
 
-_PLAIN = Mode()
-
 
 def attention_half(
     tape: Tape, shape: ViTShape, z: Sizes, *, grad: bool, trained: bool, pruned: bool, mode: Mode
@@ -45,6 +43,11 @@ def attention_half(
         tape.free(z.attention + held + 2 * z.statistic)
     if not trained:
         tape.free(z.stream)  # norm1's output
+    _residual(tape, shape, z, trained)
+
+
+def _residual(tape: Tape, shape: ViTShape, z: Sizes, trained: bool) -> None:
+    """From what a half has computed, which is alive, to its sum with the residual stream, alive in its place."""
     if shape.layer_scale:
         tape.take(z.stream)
         if not trained:
@@ -59,9 +62,7 @@ def _used(tape: Tape, mode: Mode, columns: int, rows: int) -> None:
         tape.touch(rows * (columns + 1) * FLOAT_BYTES)
 
 
-def mlp_half(
-    tape: Tape, shape: ViTShape, z: Sizes, *, grad: bool, trained: bool, part: bool, mode: Mode = _PLAIN
-) -> None:
+def mlp_half(tape: Tape, shape: ViTShape, z: Sizes, *, grad: bool, trained: bool, part: bool, mode: Mode) -> None:
     """norm2, MLP, residual: from the middle of the block to its output. `part`: norm2 and MLP alone run recomputed."""
     kept, own = grad and not part, trained and not part
     tape.take(z.stream + 2 * z.statistic)  # norm2
@@ -78,12 +79,7 @@ def mlp_half(
         tape.free(z.activated + (0 if part else z.stream))
     if not kept:
         tape.free(2 * z.statistic)
-    if shape.layer_scale:
-        tape.take(z.stream)
-        if not trained:
-            tape.free(z.stream)
-    tape.take(z.stream)  # the sum
-    tape.free(z.stream)
+    _residual(tape, shape, z, trained)
 
 
 def _activation(tape: Tape, shape: ViTShape, z: Sizes) -> None:
