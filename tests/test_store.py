@@ -91,4 +91,5 @@ def test_saving_needs_no_memory_and_going_on_only_that_of_the_optimizers_state(t
     assert len(found) == 3
     for what, taken in found.items():
         assert taken < 3, f"to {what} took {taken:.1f} MiB"
-    assert sizes["state"] < restoring < sizes["state"] + 2 * sizes["largest"] + 3, f"{restoring:.1f} MiB"
+    # Some of it is code that is paged in: 3 MiB, and more in a fresh installation.
+    assert sizes["state"] < restoring < sizes["state"] + 2 * sizes["largest"] + 6, f"{restoring:.1f} MiB"
