@@ -58,6 +58,22 @@ class Config(NamedTuple):
     threads: int
     selection: Selection
     half_blocks: int = 0  # the lowest blocks, whose weights are stored as bfloat16
+    cached_blocks: int = 0  # the lowest blocks, whose output is read instead
+    pooled: bool = False
+
+    @property
+    def setup(self) -> StepSetup:
+        return StepSetup(
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            optimizer=self.optimizer,
+            ever_trained_blocks=sum(self.selection.trains),
+            updates_in_backward=self.updates_in_backward,
+            half_blocks=self.half_blocks,
+            threads=self.threads,
+            cached_blocks=self.cached_blocks,
+            pooled=self.pooled,
+        )
 
 
 class Outcome(NamedTuple):
@@ -102,7 +118,7 @@ def random_config(rng: random.Random, family: str, *, largest_grid: int = 14) ->
     chosen = set(rng.sample(range(split, depth), count))
     kept, counts = tokens, []
     for block in range(depth):
-        if block > split and rng.random() < 0.5:
+        if block and block >= split and rng.random() < 0.5:
             kept = max(1, min(kept, 8 * math.ceil(kept * rng.uniform(0.6, 1.0) / 8)))
         counts.append(kept)
     level = rng.choice(["none", "mlp", "block", "frozen", "random"])
@@ -114,6 +130,9 @@ def random_config(rng: random.Random, family: str, *, largest_grid: int = 14) ->
         "random": tuple(rng.choice(list(Recompute)) for _ in range(depth)),
     }[level]
     accumulation = rng.choice([1, 1, 2])
+    cached = rng.randint(1, split) if split and rng.random() < 0.4 else 0
+    if cached < split:  # blocks below the split prune nothing, and a cache holds what its last one lets through
+        counts[cached:split] = [counts[cached]] * (split - cached)
     return Config(
         family=family,
         image_px=image_px,
@@ -123,7 +142,9 @@ def random_config(rng: random.Random, family: str, *, largest_grid: int = 14) ->
         updates_in_backward=accumulation == 1 and rng.random() < 0.3,
         threads=rng.choice([1, 2]),
         selection=Selection(tuple(block in chosen for block in range(depth)), tuple(counts), embeddings, recompute),
-        half_blocks=split if rng.random() < 0.2 else 0,
+        half_blocks=split if not cached and rng.random() < 0.2 else 0,
+        cached_blocks=cached,
+        pooled=cached == depth and MODELS[family][0] != "vit_base_patch32_clip_quickgelu_224" and rng.random() < 0.5,
     )
 
 
@@ -150,19 +171,7 @@ def resting_bytes(backend: TorchBackend) -> int:
 
 
 def predict(shape: ViTShape, config: Config) -> StepCost:
-    return cost.step_cost(
-        shape,
-        config.selection,
-        StepSetup(
-            micro_batch=config.micro_batch,
-            accumulation=config.accumulation,
-            optimizer=config.optimizer,
-            ever_trained_blocks=sum(config.selection.trains),
-            updates_in_backward=config.updates_in_backward,
-            half_blocks=config.half_blocks,
-            threads=config.threads,
-        ),
-    )
+    return cost.step_cost(shape, config.selection, config.setup)
 
 
 def measure(model: Any, config: Config, *, with_flops: bool) -> Outcome:
@@ -171,14 +180,18 @@ def measure(model: Any, config: Config, *, with_flops: bool) -> Outcome:
     shape = shape_of(model, config.family)
     backend = TorchBackend(model, OptimizerSettings(name=config.optimizer))
     backend.store_half(config.half_blocks)
+    if config.cached_blocks:
+        backend.drop_prefix(config.cached_blocks, dict.fromkeys(model.state_dict()))  # nobody will ask for it
     images = config.micro_batch * config.accumulation
+
+    inputs = (config.micro_batch, 3, *shape.image_px)
+    if config.cached_blocks:
+        tokens = config.selection.tokens[min(config.cached_blocks, shape.depth - 1)]
+        inputs = (config.micro_batch, cost.feature_tokens(shape, tokens, pooled=config.pooled), shape.width)
 
     def batches() -> Iterator[tuple[Any, Any]]:
         for _ in range(config.accumulation):
-            yield (
-                np.zeros((config.micro_batch, 3, *shape.image_px), np.float32),
-                np.zeros(config.micro_batch, np.int64),
-            )
+            yield np.zeros(inputs, np.float32), np.zeros(config.micro_batch, np.int64)
 
     def step() -> None:
         backend.step(
@@ -190,6 +203,7 @@ def measure(model: Any, config: Config, *, with_flops: bool) -> Outcome:
             seed=0,
             with_deltas=shape.class_token,
             updates_in_backward=config.updates_in_backward,
+            cached_blocks=config.cached_blocks,
         )
 
     names = backend.trained_names(config.selection)
@@ -201,8 +215,8 @@ def measure(model: Any, config: Config, *, with_flops: bool) -> Outcome:
             step()
         flops = counter.get_total_flops()
     # numpy makes the images, so torch's allocator does not see them.
-    measured = resting_bytes(backend) + cost.input_bytes(shape, config.micro_batch) + peak_growth_bytes(step)
     predicted = predict(shape, config)
+    measured = resting_bytes(backend) + predicted.inputs_bytes + peak_growth_bytes(step)
     return Outcome(config, predicted.peak_bytes, measured, predicted.flops, flops)
 
 
@@ -213,6 +227,7 @@ def describe(config: Config) -> str:
     extras = " emb" if selection.embeddings_train else ""
     extras += " in-backward" if config.updates_in_backward else ""
     extras += f" half {config.half_blocks}" if config.half_blocks else ""
+    extras += f" cached {config.cached_blocks}{' pooled' * config.pooled}" if config.cached_blocks else ""
     return (
         f"{config.family} {config.image_px}px b{config.micro_batch}x{config.accumulation} {config.optimizer} "
         f"t{config.threads} {trains} {levels} {selection.tokens[0]}-{selection.tokens[-1]}{extras}"

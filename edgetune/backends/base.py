@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -49,17 +49,40 @@ class Backend(Protocol):
         with_deltas: bool,
         updates_in_backward: bool = False,
         keeps_state: bool = True,
+        cached_blocks: int = 0,
     ) -> StepResult:
         """One optimizer step over `images` images, whose class weights add up to `weight_sum`.
 
         `updates_in_backward`: no gradient outlives its use (one micro-batch only). `keeps_state`: False drops the
-        optimizer state of what this step does not train. If memory runs out the error comes through, and nothing of the
+        optimizer state of what this step does not train. `cached_blocks`: the inputs are what `features` made of the
+        images with so many blocks, (B, T, D). If memory runs out the error comes through, and nothing of the
         step stays but whole updates of weights, which the next call with the same step leaves alone.
         """
         ...
 
-    def evaluate(self, inputs: Images) -> Array:
-        """Logits (B, classes) on all tokens, in eval mode; nothing of the training state changes."""
+    def evaluate(self, inputs: Images, cached_blocks: int = 0) -> Array:
+        """Logits (B, classes) on all tokens, in eval mode; nothing of the training state changes.
+
+        `cached_blocks` as for `step`.
+        """
+        ...
+
+    def features(self, inputs: Images, patch_tokens: Sequence[int], *, pooled: bool) -> Array:
+        """What the frozen prefix makes of images, float32 (B, T, D): the same whatever else is in the batch.
+
+        `patch_tokens`: how many enter each of its blocks and, last, how many leave. `pooled`: the class token alone.
+        """
+        ...
+
+    def drop_prefix(self, blocks: int, stored: Mapping[str, Array]) -> int:
+        """Let the weights of the embeddings and the lowest `blocks` blocks go; `stored` has them for whoever asks.
+
+        Returns the bytes that were let go.
+        """
+        ...
+
+    def bring_back_prefix(self) -> None:
+        """Read what `drop_prefix` let go."""
         ...
 
     def model_tensors(self) -> Mapping[str, Array]:

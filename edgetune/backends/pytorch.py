@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from edgetune.cost import Recompute, Selection, all_tokens_kept
 from edgetune.errors import UnsupportedModel
 from edgetune.optim import Optimizer, OptimizerSettings, state_shapes
 from edgetune.vit.half import store_half
-from edgetune.vit.loop import apply_selection, forward, region_of, shape_of, trains
+from edgetune.vit.loop import apply_selection, forward, prefix, region_of, shape_of, trains
 
 
 class TorchBackend:
@@ -44,6 +44,7 @@ class TorchBackend:
         shape = shape_of(model, "model")
         self._frozen = all_tokens_kept(shape, (False,) * shape.depth)
         self._selected: tuple[tuple[bool, ...], bool] | None = None
+        self._dropped: dict[str, Mapping[str, Array]] = {}  # parameters that left memory, and where they are read
 
     def step(
         self,
@@ -57,6 +58,7 @@ class TorchBackend:
         with_deltas: bool,
         updates_in_backward: bool = False,
         keeps_state: bool = True,
+        cached_blocks: int = 0,
     ) -> StepResult:
         self._select(selection)
         trained = [(name, value) for name, value in self.model.named_parameters() if value.requires_grad]
@@ -76,7 +78,13 @@ class TorchBackend:
                 if number and updating is not None:
                     raise ValueError("updates in the backward take one micro-batch: what the first one gave is used up")
                 target = torch.from_numpy(labels)
-                logits, batch_deltas = forward(self.model, torch.from_numpy(inputs), selection, with_deltas=with_deltas)
+                logits, batch_deltas = forward(
+                    self.model,
+                    torch.from_numpy(inputs),
+                    selection,
+                    with_deltas=with_deltas,
+                    cached_blocks=cached_blocks,
+                )
                 loss = self._loss_sum(logits, target) / weight_sum
                 value = loss.item()
                 if not math.isfinite(value):
@@ -142,17 +150,45 @@ class TorchBackend:
                     )
             self._selected = wanted
 
-    def evaluate(self, inputs: Images) -> Array:
+    def evaluate(self, inputs: Images, cached_blocks: int = 0) -> Array:
         if self._selected is not None or self.model.training:
             self._selected = None
             self.model.eval()
         with torch.inference_mode():
-            logits, _ = forward(self.model, torch.from_numpy(inputs), self._frozen)
+            logits, _ = forward(self.model, torch.from_numpy(inputs), self._frozen, cached_blocks=cached_blocks)
             result: Array = logits.numpy().copy()
         return result
 
+    def features(self, inputs: Images, patch_tokens: Sequence[int], *, pooled: bool) -> Array:
+        if self._selected is None:  # else what is frozen is in eval mode already, and what trains stays as it is
+            self.model.eval()
+        with torch.inference_mode():
+            found: Array = prefix(self.model, torch.from_numpy(inputs), patch_tokens, pooled=pooled).numpy()
+        return found
+
+    def drop_prefix(self, blocks: int, stored: Mapping[str, Array]) -> int:
+        dropped = 0
+        for name, value in self.model.named_parameters():
+            region = region_of(name)
+            if (region == "embeddings" or (isinstance(region, int) and region < blocks)) and value.numel():
+                if name not in stored:
+                    raise RuntimeError(f"{name} is not stored, and would be lost")
+                dropped += value.numel() * value.element_size()
+                value.requires_grad_(False)
+                value.data = value.data.new_empty(0)
+                self._dropped[name] = stored
+        self._selected = None
+        return dropped
+
+    def bring_back_prefix(self) -> None:
+        own = dict(self.model.named_parameters())
+        for name in list(self._dropped):
+            array = np.require(self._dropped[name][name], requirements=["W", "O"])
+            own[name].data = torch.from_numpy(array).to(own[name].dtype)
+            del self._dropped[name]
+
     def model_tensors(self) -> Mapping[str, Array]:
-        return _Tensors(self.model.state_dict())
+        return _Tensors(self.model.state_dict(), self._dropped)
 
     def trained_names(self, selection_space: Selection) -> set[str]:
         return {name for name, _ in self.model.named_parameters() if trains(region_of(name), selection_space)}
@@ -192,12 +228,16 @@ class TorchBackend:
 
 
 class _Tensors(Mapping[str, Array]):
-    """A state dict as arrays, each made when it is asked for: what is stored as bfloat16 is widened one at a time."""
+    """A state dict as arrays, each made when it is asked for: what is stored as bfloat16 is widened one at a time, what
+    left memory is read from where it is stored.
+    """
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self._state = state
+    def __init__(self, state: Mapping[str, Tensor], dropped: Mapping[str, Mapping[str, Array]]) -> None:
+        self._state, self._dropped = state, dict(dropped)
 
     def __getitem__(self, name: str) -> Array:
+        if name in self._dropped:
+            return self._dropped[name][name]
         tensor = self._state[name]
         array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
         return array

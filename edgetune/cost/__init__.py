@@ -1,10 +1,12 @@
 """What one training step costs in bytes and FLOPs, from arithmetic alone. Pure: no torch, no numpy."""
 
 from edgetune.cost.ends import input_bytes
-from edgetune.cost.flops import block_forward_flops, full_fine_tuning_flops, step_flops, token_share
+from edgetune.cost.flops import block_forward_flops, full_fine_tuning_flops, prefix_flops, step_flops, token_share
 from edgetune.cost.step import (
     StepSetup,
     evaluation_peak_bytes,
+    feature_tokens,
+    resident_weights_bytes,
     step_cost,
     step_peak_bytes,
 )
@@ -32,10 +34,13 @@ __all__ = [
     "block_forward_flops",
     "block_states",
     "evaluation_peak_bytes",
+    "feature_tokens",
     "full_fine_tuning_flops",
     "input_bytes",
     "optimizer_bytes",
     "plain_saved_floats",
+    "prefix_flops",
+    "resident_weights_bytes",
     "step_cost",
     "step_flops",
     "step_peak_bytes",

@@ -27,16 +27,28 @@ def block_forward_flops(shape: ViTShape, patch_tokens: int) -> int:
     return products.linears + products.attention
 
 
-def step_flops(shape: ViTShape, selection: Selection, batch: int) -> int:
+def embed_flops(shape: ViTShape) -> int:
+    """FLOPs of the patch embedding of one image."""
+    return 2 * shape.patch_tokens * shape.patch_px[0] * shape.patch_px[1] * shape.channels * shape.width
+
+
+def prefix_flops(shape: ViTShape, blocks: int) -> int:
+    """FLOPs of the embeddings and the lowest `blocks` blocks on all tokens, forward, for one image."""
+    return embed_flops(shape) + blocks * block_forward_flops(shape, shape.patch_tokens)
+
+
+def step_flops(shape: ViTShape, selection: Selection, batch: int, cached_blocks: int = 0) -> int:
     """FLOPs of forward and backward over one batch, what is recomputed included, the optimizer's (a thousandth) not.
+
+    What the lowest `cached_blocks` blocks put out is read and not computed.
 
     Backward costs a linear one product for its input's gradient and one for its weight's; attention five products for
     the two of its forward on the fused path, of which one makes the scores again: that one is not counted.
     """
-    patch = shape.patch_px[0] * shape.patch_px[1] * shape.channels
-    embed = 2 * shape.patch_tokens * patch * shape.width
-    total = embed * (2 if selection.embeddings_train else 1)
+    total = 0 if cached_blocks else embed_flops(shape) * (2 if selection.embeddings_train else 1)
     for block, state in enumerate(block_states(selection)):
+        if block < cached_blocks:
+            continue
         products = _Products(shape, selection.tokens[block])
         total += products.linears + products.attention
         if state is BlockState.BELOW:

@@ -33,7 +33,9 @@ class StepSetup(msgspec.Struct, frozen=True, kw_only=True):
 
     `ever_trained_blocks`: blocks whose optimizer state there is. `half_blocks`: lowest blocks whose weights are stored
     as bfloat16. `may_prune`: count what pruning needs after every block, whether or not tokens are dropped there, so
-    that fewer tokens never cost more.
+    that fewer tokens never cost more. `cached_blocks`: lowest blocks that are not run, since what they put out is read
+    from the prefix cache; neither they nor the embeddings are in memory. `pooled`: of what the last of them puts out,
+    only the token that the head reads.
     """
 
     micro_batch: int
@@ -44,6 +46,8 @@ class StepSetup(msgspec.Struct, frozen=True, kw_only=True):
     half_blocks: int = 0
     threads: int = 1
     may_prune: bool = False
+    cached_blocks: int = 0
+    pooled: bool = False
 
     @property
     def mode(self) -> Mode:
@@ -68,19 +72,30 @@ class Frame(NamedTuple):
     head_left: int  # live after their backward, less what was live before their forward
     embed_peak: int  # of the embeddings' backward, 0 where they are frozen
     update_peak: int  # of an update after the backward, from nothing
+    first_block: int  # that is run
+    held_inputs: int  # what is read from the cache stands to the end of a step, whoever is done with it
 
 
 @lru_cache(maxsize=4096)
 def step_frame(
-    shape: ViTShape, last_tokens: int, embeddings_train: bool, trained_blocks: int, setup: StepSetup
+    shape: ViTShape,
+    first_tokens: int,
+    last_tokens: int,
+    embeddings_train: bool,
+    trained_blocks: int,
+    setup: StepSetup,
 ) -> Frame:
-    """The frame of a step in which so many blocks train and so many patch tokens reach the last."""
+    """The frame of a step in which so many blocks train, and so many patch tokens reach the first block that is run and
+    the last.
+    """
     batch, mode = setup.micro_batch, setup.mode
-    weights = shape.parameters * FLOAT_BYTES - setup.half_blocks * shape.block_parameters * (FLOAT_BYTES // 2)
+    weights = resident_weights_bytes(shape, setup.half_blocks, setup.cached_blocks)
+    inputs = step_input_bytes(shape, batch, first_tokens, setup)
+    head_tokens = 1 - shape.prefix_tokens if setup.pooled else last_tokens
     state = optimizer_bytes(shape, setup.optimizer, setup.ever_trained_blocks, embeddings_train)
     gradients = FLOAT_BYTES * trained_parameters(shape, trained_blocks, embeddings_train)
     scratch = update_scratch_bytes(shape, setup.optimizer, trained_blocks > 0, embeddings_train)
-    resting = weights + state + input_bytes(shape, batch)
+    resting = weights + state + inputs
     tape = Tape()
     tape.take(resting)
     if mode.accumulates:
@@ -88,11 +103,12 @@ def step_frame(
     if mode.updates_in_backward:
         tape.take(scratch)
     before = tape.live
-    embed_forward(tape, shape, batch, keeps=embeddings_train)
+    if not setup.cached_blocks:
+        embed_forward(tape, shape, batch, keeps=embeddings_train)
     head = Tape()
-    head_forward(head, shape, last_tokens, batch)
+    head_forward(head, shape, head_tokens, batch)
     head_kept = head.live
-    head_backward(head, shape, last_tokens, batch, mode, inner=trained_blocks > 0 or embeddings_train)
+    head_backward(head, shape, head_tokens, batch, mode, inner=trained_blocks > 0 or embeddings_train)
     embed = Tape()
     if embeddings_train:
         embed_backward(embed, shape, batch, mode)
@@ -109,7 +125,36 @@ def step_frame(
         head_left=head.live,
         embed_peak=embed.peak,
         update_peak=0 if mode.updates_in_backward else resting + gradients + scratch,
+        first_block=setup.cached_blocks,
+        held_inputs=inputs if setup.cached_blocks else 0,
     )
+
+
+def resident_weights_bytes(shape: ViTShape, half_blocks: int, cached_blocks: int) -> int:
+    """Weights in memory: all, or those above the cached prefix."""
+    if cached_blocks:
+        return FLOAT_BYTES * (shape.parameters - shape.embed_parameters - cached_blocks * shape.block_parameters)
+    return FLOAT_BYTES * shape.parameters - half_blocks * shape.block_parameters * (FLOAT_BYTES // 2)
+
+
+def feature_tokens(shape: ViTShape, patch_tokens: int, *, pooled: bool) -> int:
+    """Tokens of an image that the prefix cache holds."""
+    return 1 if pooled else patch_tokens + shape.prefix_tokens
+
+
+def step_input_bytes(shape: ViTShape, batch: int, first_tokens: int, setup: StepSetup) -> int:
+    """One micro-batch as float32: of images, or of what the cache holds of them."""
+    if not setup.cached_blocks:
+        return input_bytes(shape, batch)
+    return batch * feature_tokens(shape, first_tokens, pooled=setup.pooled) * shape.width * FLOAT_BYTES
+
+
+NOT_RUN = BlockWalk(0, 0, 0, 0)
+
+
+def _first_tokens(selection: Selection, setup: StepSetup) -> int:
+    """Patch tokens that reach the first block that is run (the head, where none is)."""
+    return selection.tokens[min(setup.cached_blocks, selection.depth - 1)]
 
 
 def placed_walk(
@@ -138,6 +183,8 @@ def placed_walk(
 def walked_peak(frame: Frame, walks: Sequence[BlockWalk], lowest: int) -> int:
     """Peak of live bytes of a step whose blocks walk so. `lowest`: the first block that carries gradient."""
     live, peak = frame.start, frame.start_peak
+    if lowest > frame.first_block:
+        live += frame.held_inputs  # the first block is done with them: it lets nothing go
     for forward_peak, kept, _, _ in walks:
         if live + forward_peak > peak:
             peak = live + forward_peak
@@ -168,9 +215,9 @@ def step_cost(shape: ViTShape, selection: Selection, setup: StepSetup) -> StepCo
         optimizer_bytes=frame.state,
         activations_bytes=max(*held, held[-1] + frame.head_kept),
         workspace_bytes=_workspace(frame, walks, setup.updates_in_backward),
-        inputs_bytes=input_bytes(shape, setup.micro_batch),
+        inputs_bytes=step_input_bytes(shape, setup.micro_batch, _first_tokens(selection, setup), setup),
         peak_bytes=walked_peak(frame, walks, selection.lowest_trained_block),
-        flops=setup.accumulation * step_flops(shape, selection, setup.micro_batch),
+        flops=setup.accumulation * step_flops(shape, selection, setup.micro_batch, setup.cached_blocks),
     )
 
 
@@ -197,10 +244,15 @@ def _walk(shape: ViTShape, selection: Selection, setup: StepSetup) -> tuple[Fram
     if setup.updates_in_backward and setup.accumulation > 1:
         raise ValueError("a weight updated inside the backward has no gradient left to add to")
     embeddings = selection.embeddings_train
-    frame = step_frame(shape, selection.tokens[-1], embeddings, sum(selection.trains), setup)
+    first = _first_tokens(selection, setup)
+    frame = step_frame(shape, first, selection.tokens[-1], embeddings, sum(selection.trains), setup)
     lowest = selection.lowest_trained_block
+    if setup.cached_blocks > lowest:
+        raise ValueError(f"block {lowest} trains: what {setup.cached_blocks} blocks put out can't be read from a cache")
     walks = [
-        placed_walk(
+        NOT_RUN
+        if block < setup.cached_blocks
+        else placed_walk(
             shape,
             selection.tokens,
             setup,
@@ -214,11 +266,19 @@ def _walk(shape: ViTShape, selection: Selection, setup: StepSetup) -> tuple[Fram
     return frame, walks
 
 
-def evaluation_peak_bytes(shape: ViTShape, batch: int, *, threads: int = 1, half_blocks: int = 0) -> int:
-    """Live bytes of a forward pass on all tokens without gradient, above weights and optimizer state."""
+def evaluation_peak_bytes(
+    shape: ViTShape, batch: int, *, threads: int = 1, half_blocks: int = 0, cached: bool = False
+) -> int:
+    """Live bytes of a forward pass on all tokens without gradient, above weights and optimizer state.
+
+    `cached`: from what a prefix put out, else from images.
+    """
     tape = Tape()
-    tape.take(input_bytes(shape, batch))
-    embed_forward(tape, shape, batch, keeps=False)
+    if cached:
+        tape.take(2 * batch * shape.all_tokens * shape.width * FLOAT_BYTES)  # what was read stays beside the stream
+    else:
+        tape.take(input_bytes(shape, batch))
+        embed_forward(tape, shape, batch, keeps=False)
     mode = Mode(threads=threads, half_weights=half_blocks > 0)
     walk = block_walk(shape, BlockState.BELOW, Recompute.NOTHING, shape.patch_tokens, None, batch, False, mode)
     tape.touch(walk.forward_peak)

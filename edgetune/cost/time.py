@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from edgetune.cost.flops import step_flops
-from edgetune.cost.step import StepSetup
+from edgetune.cost.step import StepSetup, resident_weights_bytes
 from edgetune.cost.tape import FLOAT_BYTES, plain_saved_floats
 from edgetune.cost.values import BlockState, Recompute, Selection, ViTShape, block_states
 from edgetune.cost.weights import optimizer_bytes, trained_parameters
@@ -42,11 +42,14 @@ class Work(NamedTuple):
 
 
 def work_of(shape: ViTShape, selection: Selection, setup: StepSetup) -> Work:
-    """Work of one step; of the setup, the optimizer alone counts."""
+    """Work of one step; of the setup, the optimizer and the cached prefix alone count."""
     block_bytes = shape.block_parameters * FLOAT_BYTES
-    weights = shape.parameters * FLOAT_BYTES
+    cached = setup.cached_blocks
+    weights = resident_weights_bytes(shape, 0, cached)
     activations = 0
     for number, state in enumerate(block_states(selection)):
+        if number < cached:
+            continue
         tokens = selection.tokens[number] + shape.prefix_tokens
         moved = tokens * plain_saved_floats(shape, True) * FLOAT_BYTES
         activations += moved if state is BlockState.BELOW else 2 * moved
@@ -60,8 +63,8 @@ def work_of(shape: ViTShape, selection: Selection, setup: StepSetup) -> Work:
             weights += round(share * block_bytes)
     trained = sum(selection.trains)
     return Work(
-        flops=step_flops(shape, selection, 1),
-        rows=sum(selection.tokens) / selection.depth + shape.prefix_tokens,
+        flops=step_flops(shape, selection, 1, cached),
+        rows=sum(selection.tokens[cached:] or (1,)) / max(1, selection.depth - cached) + shape.prefix_tokens,
         activation_bytes=2 * activations,
         weight_bytes=weights,
         trained_bytes=trained_parameters(shape, trained, selection.embeddings_train) * FLOAT_BYTES,

@@ -8,7 +8,7 @@ import msgspec
 
 from edgetune.cost import Recompute, Selection, StepSetup, ViTShape
 from edgetune.cost.blocks import BlockWalk
-from edgetune.cost.step import placed_walk, step_frame, walked_peak
+from edgetune.cost.step import NOT_RUN, placed_walk, step_frame, walked_peak
 from edgetune.cost.values import BlockState
 from edgetune.planner.values import Lossless, Lossy, PlanRequest, setup_of, with_levels
 
@@ -44,7 +44,11 @@ class Peaks:
         self._depth = shape.depth
         self._draws = draws and 0 < lossy.trained_blocks < shape.depth - lossy.split_block
         self._first = first_draw(shape.depth, lossy, draws)
-        self._frame = step_frame(shape, lossy.token_ceiling[-1], lossy.embeddings_train, sum(self._first), setup)
+        self._cached = setup.cached_blocks
+        first_tokens = lossy.token_ceiling[min(self._cached, shape.depth - 1)]
+        self._frame = step_frame(
+            shape, first_tokens, lossy.token_ceiling[-1], lossy.embeddings_train, sum(self._first), setup
+        )
         alike = msgspec.structs.replace(
             setup, ever_trained_blocks=0, optimizer="sgd", accumulation=min(2, setup.accumulation)
         )
@@ -56,7 +60,9 @@ class Peaks:
         walks = []
         for block, trained in enumerate(trains):
             level = levels[block]
-            if block < lowest:
+            if block < self._cached:
+                walks.append(NOT_RUN)
+            elif block < lowest:
                 walks.append(self._walk(block, BlockState.BELOW, Recompute.NOTHING))
             elif trained:
                 at_bottom = block == lowest and not self._lossy.embeddings_train
@@ -74,6 +80,9 @@ class Peaks:
         lowest = self._lowest(self._first)
         walks = []
         for block, trained in enumerate(self._first):
+            if block < self._cached:
+                walks.append(NOT_RUN)
+                continue
             if block < lowest:
                 walks.append(self._walk(block, BlockState.BELOW, Recompute.NOTHING))
                 continue

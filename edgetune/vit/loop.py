@@ -6,7 +6,7 @@ to the last bit (tests hold ten families to it). What overrides the parts this l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,21 +104,44 @@ def embed(model: VisionTransformer, images: Tensor) -> Tensor:
     return embedded
 
 
+def prefix(model: VisionTransformer, images: Tensor, patch_tokens: Sequence[int], *, pooled: bool) -> Tensor:
+    """Images (B, 3, H, W) -> what the lowest blocks put out, (B, P + N, D), without gradient.
+
+    `patch_tokens`: how many enter each of these blocks and, last, how many leave them. `pooled`: of these, only the
+    class token, which is all that a head of `global_pool='token'` reads.
+    """
+    with torch.no_grad():
+        tokens = embed(model, images)
+        for index, leaving in enumerate(patch_tokens[1:]):
+            tokens = run_block(model.blocks[index], tokens, leaving, model.num_prefix_tokens, Recompute.NOTHING)
+        return tokens[:, :1] if pooled else tokens
+
+
 def forward(
-    model: VisionTransformer, images: Tensor, selection: Selection, *, with_deltas: bool = False
+    model: VisionTransformer,
+    inputs: Tensor,
+    selection: Selection,
+    *,
+    with_deltas: bool = False,
+    cached_blocks: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
     """Images (B, 3, H, W) -> logits (B, classes), and each block's class-token delta (a scalar, mean over the batch).
 
-    Blocks below the lowest trained one run without gradient, so that nothing of theirs is kept.
+    Blocks below the lowest trained one run without gradient, so that nothing of theirs is kept. With `cached_blocks`
+    the inputs are what `prefix` made of the images, and so many blocks are left out; their deltas are 0.
     """
     gradient = torch.is_grad_enabled()
     lowest = selection.lowest_trained_block
     # How many patch tokens leave each block: what the next one sees; nothing is dropped after the last.
     leaving = (*selection.tokens[1:], selection.tokens[-1])
-    deltas: list[Tensor] = []
-    with torch.set_grad_enabled(gradient and selection.embeddings_train):
-        tokens = embed(model, images)
-    for index, block in enumerate(model.blocks):
+    deltas: list[Tensor] = [torch.zeros(())] * cached_blocks if with_deltas else []
+    if cached_blocks:
+        tokens = inputs
+    else:
+        with torch.set_grad_enabled(gradient and selection.embeddings_train):
+            tokens = embed(model, inputs)
+    for index in range(cached_blocks, len(model.blocks)):
+        block = model.blocks[index]
         # A copy: a view would hold all of the block's input.
         class_token_before = tokens[:, 0].detach().clone() if with_deltas else None
         with torch.set_grad_enabled(gradient and index >= lowest):
