@@ -50,7 +50,11 @@ def check(request: PlanRequest) -> None:
             "--step-in-backward leaves no gradient to add to, so it goes with one micro-batch only: leave "
             "--grad-accum-steps out."
         )
-    for flag, share in (("--token-floor", request.token_floor), ("--token-ceiling", request.token_ceiling)):
+    for flag, share in (
+        ("--token-floor", request.token_floor),
+        ("--token-ceiling", request.token_ceiling),
+        ("--split-tokens", request.split_tokens),
+    ):
         if share is not None and not 0 < share <= 1:
             raise UsageError(f"{flag} is a share above 0 and up to 1, not {share}.")
     if request.token_floor and request.token_ceiling and request.token_floor > request.token_ceiling:
@@ -73,7 +77,10 @@ def lossy_families(request: PlanRequest) -> Iterator[list[Lossy]]:
     for keeps_state in states:
         for embeddings in space.embeddings:
             for split in space.splits:
-                tokens = [ceilings(shape, split, ratio) for ratio in ceiling_ratios(request, split)]
+                at_split = request.split_tokens or 1.0
+                cached = None if request.cache is None else request.cache.blocks
+                ratios = ceiling_ratios(request, split)
+                tokens = [ceilings(shape, split, ratio, at_split, cached) for ratio in ratios]
                 for count in space.trained_blocks[split]:
                     yield [Lossy(split, count, ceiling, embeddings, keeps_state) for ceiling in tokens]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgetune.cost import Recompute
+from edgetune.planner.prefix import cached_prefix, entry_bytes, why_not
 from edgetune.planner.tokens import floor_of
 from edgetune.planner.values import Lossless, Lossy, PlanRequest, accumulation_of
 from edgetune.units import MIB, format_bytes
@@ -17,9 +18,10 @@ def explain(
     peak_bytes: int,
     *,
     plainer: tuple[int, float] | None,
+    faster: float | None,
     refused: tuple[Lossy, Lossless, int] | None,
 ) -> tuple[str, ...]:
-    """`plainer`: (bytes that recompute saves, share of time that it costs)."""
+    """`plainer`: (bytes that recompute saves, share of time that it costs). `faster`: what a cached prefix gains."""
     shape, space = request.shape, request.space
     lines = [
         f"cap {format_bytes(request.cap_bytes)}; runtime {format_bytes(request.runtime_bytes)}; "
@@ -48,9 +50,28 @@ def explain(
         lines.append("optimizer state of blocks that a step does not train is dropped")
     if request.half_frozen and lossy.split_block:
         lines.append(f"the frozen weights of the {lossy.split_block} blocks below the split are stored as bfloat16")
+    lines += _prefix_lines(request, lossy, faster)
     if lossy.trained_blocks and lossy.split_block and not space.draws:
         lines.append(f"the lowest trained block is {lossy.split_block} of {shape.depth}: nothing below it is kept")
     return tuple(lines)
+
+
+def _prefix_lines(request: PlanRequest, lossy: Lossy, faster: float | None) -> list[str]:
+    prefix, reason = cached_prefix(request, lossy), why_not(request, lossy)
+    if prefix is None:
+        return [f"prefix not cached: {reason}"] if reason else []
+    each = entry_bytes(prefix.stored_tokens, prefix.width, prefix.float_bytes) * prefix.views
+    what = "class token" if prefix.pooled else f"{prefix.stored_tokens} tokens"
+    gain = "" if faster is None or faster < 1.05 else f", steps {faster:.1f}x faster once it is there (an estimate)"
+    line = f"prefix cached: {what} below block {prefix.blocks}, {format_bytes(each)} an image, "
+    lines = [line + f"{format_bytes(prefix.total_bytes)} in all written to disk{gain}"]
+    if not prefix.whole:
+        assert request.cache is not None
+        limit = format_bytes(request.cache.limit_bytes or 0)
+        lines.append(
+            f"only {limit} of it may be kept: the rest is computed anew each time, and the prefix stays in memory"
+        )
+    return lines
 
 
 def describe(request: PlanRequest, lossy: Lossy, lossless: Lossless) -> str:
@@ -70,6 +91,8 @@ def describe(request: PlanRequest, lossy: Lossy, lossless: Lossless) -> str:
     tokens = ""
     if space.prunes_tokens:
         tokens = f", at most {lossy.token_ceiling[-1]} of {request.shape.patch_tokens} patch tokens in the last block"
+    elif lossy.token_ceiling[-1] < request.shape.patch_tokens:
+        tokens = f", {lossy.token_ceiling[-1]} of {request.shape.patch_tokens} patch tokens from the split on"
     recompute = _recompute(request, lossy, lossless)
     return f"{batch}, {blocks}{tokens}{', ' if recompute else ''}{recompute}"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
-from edgetune.cost import Recompute, Selection, StepSetup, ViTShape, step_peak_bytes
+from edgetune.cost import Recompute, Selection, ViTShape, step_peak_bytes
+from edgetune.planner.setups import setup_of_plan
 from edgetune.planner.values import Plan
 
 
@@ -15,15 +16,7 @@ def lightened(shape: ViTShape, selection: Selection, plan: Plan) -> Selection:
     """
     if not selection.recompute:
         return selection
-    setup = StepSetup(
-        micro_batch=plan.micro_batch,
-        accumulation=plan.accumulation,
-        optimizer=plan.optimizer,
-        ever_trained_blocks=plan.ever_trained_blocks,
-        updates_in_backward=plan.updates_in_backward,
-        half_blocks=plan.split_block if plan.half_frozen else 0,
-        threads=plan.threads,
-    )
+    setup = setup_of_plan(plan)
     levels = selection.recompute
     for kept in range(selection.lowest_trained_block, shape.depth):
         lighter = msgspec.structs.replace(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import lru_cache
 
 from edgetune import cost
 from edgetune.cost import FLOAT_BYTES
+from edgetune.planner.prefix import cached_prefix
+from edgetune.planner.setups import setup_of
 from edgetune.planner.values import (
     ALLOCATOR_SHARE,
     HOLES_BYTES,
@@ -18,8 +21,12 @@ from edgetune.planner.values import (
     MethodSpace,
     Plan,
     PlanRequest,
-    setup_of,
 )
+from edgetune.units import MIB
+
+# What reading the cache takes beside the batch, and writing it: the buffers of `features`.
+READ_BYTES = MIB
+WRITE_BYTES = 20 * MIB
 
 
 def process_bytes(runtime_bytes: int, live_bytes: int, *, head_alone: bool = False) -> int:
@@ -42,15 +49,22 @@ def _most_live_bytes(room: int, head_alone: bool) -> int:
     return bisect_right(range(max(0, room)), room, key=lambda live: process_bytes(0, live, head_alone=head_alone)) - 1
 
 
-def prefetched_bytes(request: PlanRequest, batch: int) -> int:
-    return PREFETCHED_BATCHES * cost.input_bytes(request.shape, batch) + request.decode_bytes
+def prefetched_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
+    """Micro-batches that wait beside a step: of images with the decoding of one more, or of what the cache holds."""
+    prefix = cached_prefix(request, lossy)
+    features = 0
+    if prefix is not None:
+        features = batch * prefix.stored_tokens * prefix.width * FLOAT_BYTES
+        if prefix.whole:
+            return PREFETCHED_BATCHES * features + READ_BYTES
+    return PREFETCHED_BATCHES * (cost.input_bytes(request.shape, batch) + features) + request.decode_bytes
 
 
 def resting_bytes(request: PlanRequest, lossy: Lossy) -> tuple[int, int]:
-    """(weights as they are stored, optimizer state of all that may train), bytes."""
+    """(weights as they are stored while the run trains, optimizer state of all that may train), bytes."""
     shape = request.shape
     setup = setup_of(request, lossy, _ANY)
-    weights = shape.parameters * FLOAT_BYTES - setup.half_blocks * shape.block_parameters * (FLOAT_BYTES // 2)
+    weights = cost.resident_weights_bytes(shape, setup.half_blocks, setup.cached_blocks)
     state = cost.optimizer_bytes(shape, request.optimizer, setup.ever_trained_blocks, lossy.embeddings_train)
     return weights, state
 
@@ -58,40 +72,79 @@ def resting_bytes(request: PlanRequest, lossy: Lossy) -> tuple[int, int]:
 _ANY = Lossless(1, (), cost.Recompute.NOTHING, False)
 
 
+def _loaded_bytes(request: PlanRequest, lossy: Lossy) -> int:
+    """The weights of the whole model, as they are stored."""
+    half = min(lossy.split_block, request.shape.depth) if request.half_frozen else 0
+    return cost.resident_weights_bytes(request.shape, half, 0)
+
+
 def evaluation_live_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
+    shape, prefix = request.shape, cached_prefix(request, lossy)
     weights, state = resting_bytes(request, lossy)
-    shape = request.shape
+    if prefix is not None and prefix.whole:
+        read = PREFETCHED_BATCHES * batch * shape.all_tokens * shape.width * FLOAT_BYTES + READ_BYTES
+        return weights + state + read + cost.evaluation_peak_bytes(shape, batch, threads=request.threads, cached=True)
+    return weights + state + _forward_bytes(request, lossy, batch)
+
+
+def _forward_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
+    """A forward pass from images, without gradient, and the images that wait."""
     half = lossy.split_block if request.half_frozen else 0
-    forward = cost.evaluation_peak_bytes(shape, batch, threads=request.threads, half_blocks=half)
-    return weights + state + forward + prefetched_bytes(request, batch)
+    forward = cost.evaluation_peak_bytes(request.shape, batch, threads=request.threads, half_blocks=half)
+    return forward + PREFETCHED_BATCHES * cost.input_bytes(request.shape, batch) + request.decode_bytes
 
 
-def evaluation_batch(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> int:
-    """The largest power of two whose evaluation stays under what training needs anyway."""
+def caching_live_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
+    """While the cache is made: the whole model, no optimizer state yet, and what waits to be written."""
+    prefix = cached_prefix(request, lossy)
+    if prefix is None:
+        return 0
+    out = 2 * batch * request.shape.all_tokens * prefix.width * FLOAT_BYTES
+    return _loaded_bytes(request, lossy) + _forward_bytes(request, lossy, batch) + out + WRITE_BYTES
+
+
+def _largest_batch(most_live_bytes: int, live_bytes: Callable[[int], int]) -> int:
+    """The largest power of two that stays under what training needs anyway."""
     batch = MAX_EVALUATION_BATCH
-    while batch > 1 and evaluation_live_bytes(request, lossy, batch) > training_live_bytes:
+    while batch > 1 and live_bytes(batch) > most_live_bytes:
         batch //= 2
     return batch
 
 
+def evaluation_batch(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> int:
+    """The largest power of two whose evaluation stays under what training needs anyway."""
+    return _largest_batch(training_live_bytes, lambda batch: evaluation_live_bytes(request, lossy, batch))
+
+
+def cache_batch(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> int:
+    """Images that go through the prefix at once while the cache is made."""
+    # What loading takes anyway is no more than what is there.
+    most = max(training_live_bytes, *other_live_bytes(request, lossy).values())
+    return _largest_batch(most, lambda batch: caching_live_bytes(request, lossy, batch))
+
+
 def other_live_bytes(request: PlanRequest, lossy: Lossy) -> dict[str, int]:
-    """Live bytes of the phases that are not training or evaluation."""
+    """Live bytes of the phases that are not training, evaluation or caching."""
     shape = request.shape
     weights, state = resting_bytes(request, lossy)
+    loaded = _loaded_bytes(request, lossy)
     whole, largest = shape.parameters * FLOAT_BYTES, shape.largest_parameter * FLOAT_BYTES
+    read_to_be_written = loaded > weights or request.half_frozen
     return {
         "data": request.decode_bytes,
         # Weights are read tensor by tensor into their place, so the largest exists twice, and once more where a stored
         # one is converted; what is saved is written from where it lies.
         "load": round(request.load_copies * whole) + largest,
-        "save": weights + state + (largest if request.half_frozen else 0),
-        "resume": weights + state + 2 * largest,
+        "save": weights + state + (largest if read_to_be_written else 0),
+        # The optimizer's state is read when the prefix has left.
+        "resume": max(loaded, weights + state) + 2 * largest,
     }
 
 
 def least_other_live_bytes(request: PlanRequest, lossy: Lossy) -> int:
     """What a run needs whatever its training step is made of."""
-    return max(*other_live_bytes(request, lossy).values(), evaluation_live_bytes(request, lossy, 1))
+    caching = caching_live_bytes(request, lossy, 1)
+    return max(*other_live_bytes(request, lossy).values(), evaluation_live_bytes(request, lossy, 1), caching)
 
 
 def phases(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> dict[str, int]:
@@ -99,6 +152,8 @@ def phases(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> dict
     batch = evaluation_batch(request, lossy, training_live_bytes)
     live = other_live_bytes(request, lossy)
     live |= {"train": training_live_bytes, "evaluate": evaluation_live_bytes(request, lossy, batch)}
+    if cached_prefix(request, lossy) is not None:
+        live["cache"] = caching_live_bytes(request, lossy, cache_batch(request, lossy, training_live_bytes))
     alone = trains_head_alone(request.space)
     return {phase: process_bytes(request.runtime_bytes, size, head_alone=alone) for phase, size in live.items()}
 

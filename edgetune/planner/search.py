@@ -15,9 +15,18 @@ from edgetune.cost import Recompute, StepCost, ViTShape, step_cost
 from edgetune.errors import DoesNotFit
 from edgetune.planner.choices import check, lossy_choices, lossy_families
 from edgetune.planner.explain import does_not_fit_message, explain, format_cap
-from edgetune.planner.phases import evaluation_batch, phases, prefetched_bytes, process_bytes, trains_head_alone
+from edgetune.planner.phases import (
+    cache_batch,
+    evaluation_batch,
+    phases,
+    prefetched_bytes,
+    process_bytes,
+    trains_head_alone,
+)
+from edgetune.planner.prefix import cached_prefix
+from edgetune.planner.setups import setup_of
 from edgetune.planner.tokens import floor_of
-from edgetune.planner.values import Lossless, Lossy, Plan, PlanRequest, setup_of
+from edgetune.planner.values import Lossless, Lossy, Plan, PlanRequest
 from edgetune.planner.ways import Ways, seconds_of
 from edgetune.planner.worst import worst_draw
 from edgetune.units import format_bytes
@@ -86,7 +95,7 @@ def _finish(request: PlanRequest, lossy: Lossy, lossless: Lossless, refused: Ref
     live, worst = worst_draw(request, lossy, lossless)
     setup = setup_of(request, lossy, lossless)
     step: StepCost = step_cost(shape, worst, setup)
-    training = live + prefetched_bytes(request, lossless.micro_batch)
+    training = live + prefetched_bytes(request, lossy, lossless.micro_batch)
     predicted = phases(request, lossy, training)
     seconds = seconds_of(request, lossy, lossless)
     peak = max(predicted.values())
@@ -110,6 +119,8 @@ def _finish(request: PlanRequest, lossy: Lossy, lossless: Lossless, refused: Ref
         keeps_state=lossy.keeps_state,
         half_frozen=request.half_frozen,
         evaluation_batch=evaluation_batch(request, lossy, training),
+        prefix=cached_prefix(request, lossy),
+        cache_batch=cache_batch(request, lossy, training),
         threads=request.threads,
         cap_bytes=request.cap_bytes,
         runtime_bytes=request.runtime_bytes,
@@ -123,6 +134,7 @@ def _finish(request: PlanRequest, lossy: Lossy, lossless: Lossless, refused: Ref
             lossless,
             peak,
             plainer=_plainer(request, lossy, lossless, peak, seconds),
+            faster=_faster(request, lossy, lossless, seconds),
             refused=None if refused is None else (refused.lossy, refused.lossless, refused.peak_bytes),
         ),
     )
@@ -137,8 +149,15 @@ def _plainer(
     plain = msgspec.structs.replace(
         lossless, recompute=(Recompute.NOTHING,) * request.shape.depth, recompute_frozen=Recompute.NOTHING
     )
-    live = worst_draw(request, lossy, plain)[0] + prefetched_bytes(request, plain.micro_batch)
+    live = worst_draw(request, lossy, plain)[0] + prefetched_bytes(request, lossy, plain.micro_batch)
     return max(phases(request, lossy, live).values()) - peak, seconds / seconds_of(request, lossy, plain) - 1
+
+
+def _faster(request: PlanRequest, lossy: Lossy, lossless: Lossless, seconds: float) -> float | None:
+    """How many times as fast the cached prefix makes a step, by the estimate."""
+    if cached_prefix(request, lossy) is None:
+        return None
+    return seconds_of(msgspec.structs.replace(request, cache=None), lossy, lossless) / seconds
 
 
 def replayed(plan: Plan, *, cap_bytes: int, runtime_bytes: int) -> Plan:

@@ -34,13 +34,19 @@ def fit(selection: Selection, plan: Plan) -> Selection:
 
 
 @lru_cache(maxsize=1024)
-def ceilings(shape: ViTShape, split_block: int, keep_ratio: float) -> tuple[int, ...]:
-    """Most patch tokens a block: all up to the split block, then a share `keep_ratio` of what is left.
+def ceilings(
+    shape: ViTShape, split_block: int, keep_ratio: float, split_tokens: float = 1.0, cached_blocks: int | None = None
+) -> tuple[int, ...]:
+    """Most patch tokens a block: all below the split, a share `split_tokens` of them in the split block, then a share
+    `keep_ratio` of what is left.
 
-    Each count goes up to a multiple of TOKEN_MULTIPLE.
+    Each count goes up to a multiple of TOKEN_MULTIPLE. The first block sees all. With `cached_blocks` tokens are dropped
+    where that cache ends, below the split.
     """
-    left = float(shape.patch_tokens)
-    counts = [shape.patch_tokens] * min(split_block + 1, shape.depth)
+    at = split_block if cached_blocks is None else min(cached_blocks, split_block)
+    counts = [shape.patch_tokens] * min(max(at, 1), shape.depth)
+    left = shape.patch_tokens * (split_tokens if at else 1.0)
+    counts += [min(counts[-1], rounded_up(left))] * (min(split_block + 1, shape.depth) - len(counts))
     while len(counts) < shape.depth:
         left *= keep_ratio
         counts.append(min(counts[-1], rounded_up(left)))

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from edgetune.cost import BlockState, Recompute, Selection, StepCost, StepSetup, ViTShape, block_states
+from edgetune.cost import BlockState, Recompute, Selection, StepCost, ViTShape, block_states
 from edgetune.optim import OptimizerName
 from edgetune.units import MIB
 
@@ -25,7 +25,7 @@ RecomputeChoice = Literal["auto", "none", "mlp", "block"]
 EmbeddingsChoice = Literal["auto", "train", "freeze"]
 
 
-PLAN_FORMAT_VERSION = 2
+PLAN_FORMAT_VERSION = 3
 
 
 class MethodSpace(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +42,42 @@ class MethodSpace(msgspec.Struct, frozen=True, kw_only=True):
     draws: bool = False
 
 
+class CacheRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run that may cache its frozen prefix is like."""
+
+    train_images: int
+    val_images: int
+    steps: int  # of the whole run
+    views: int = 1  # fixed augmented views of an image
+    float_bytes: int = 2
+    limit_bytes: int | None = None  # that it may take on disk
+    asked: bool = False  # whether or not it saves time
+    blocks: int | None = None  # of the cache that there is already
+
+
+class CachedPrefix(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run keeps of its frozen prefix on disk: for each image (each view of it) what its last block puts out.
+
+    `whole`: all of it fits, so the prefix leaves memory once it is there. Otherwise as much as fits is kept, and memory is
+    planned as if nothing were.
+    """
+
+    blocks: int
+    pooled: bool  # the class token alone
+    patch_tokens: int  # that enter the first block above
+    stored_tokens: int  # of an image, prefix tokens included
+    width: int
+    float_bytes: int
+    views: int
+    train_bytes: int
+    val_bytes: int
+    whole: bool
+
+    @property
+    def total_bytes(self) -> int:
+        return self.train_bytes + self.val_bytes
+
+
 class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Everything a plan is a function of. None and "auto": the planner's choice."""
 
@@ -53,6 +89,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     runtime_bytes: int
     token_floor: float | None = None
     token_ceiling: float | None = None  # most of its tokens that a block may pass on, a share
+    split_tokens: float | None = None  # of the patch tokens, the share that goes on at the split
     accumulation: int | None = None
     recompute: RecomputeChoice = "auto"
     updates_in_backward: bool | None = None
@@ -63,6 +100,8 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     peak_flops_per_s: float | None = None
     memory_bandwidth_bytes_per_s: float | None = None
+    cache: CacheRequest | None = None
+    no_cache_because: str | None = None
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,6 +127,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     keeps_state: bool  # else the optimizer state of blocks that a step does not train is dropped
     half_frozen: bool  # weights below the split are stored as bfloat16
     evaluation_batch: int
+    prefix: CachedPrefix | None  # read from a cache
+    cache_batch: int  # images that go through it at once while it is made
     threads: int
     cap_bytes: int
     runtime_bytes: int
@@ -141,19 +182,3 @@ def with_levels(
 
 def accumulation_of(request: PlanRequest, micro_batch: int) -> int:
     return -(-request.batch_size // micro_batch)
-
-
-def setup_of(request: PlanRequest, lossy: Lossy, lossless: Lossless) -> StepSetup:
-    shape, space = request.shape, request.space
-    return StepSetup(
-        micro_batch=lossless.micro_batch,
-        accumulation=accumulation_of(request, lossless.micro_batch),
-        optimizer=request.optimizer,
-        ever_trained_blocks=shape.depth - lossy.split_block
-        if space.draws and lossy.keeps_state
-        else lossy.trained_blocks,
-        updates_in_backward=lossless.updates_in_backward,
-        half_blocks=min(lossy.split_block, shape.depth) if request.half_frozen else 0,
-        threads=request.threads,
-        may_prune=space.prunes_tokens,
-    )

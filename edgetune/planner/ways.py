@@ -15,7 +15,8 @@ from edgetune.planner.choices import (
     recompute_choices,
 )
 from edgetune.planner.phases import least_other_live_bytes, most_live_bytes, prefetched_bytes
-from edgetune.planner.values import Lossless, Lossy, PlanRequest, setup_of
+from edgetune.planner.setups import setup_of
+from edgetune.planner.values import Lossless, Lossy, PlanRequest
 from edgetune.planner.worst import Draw, Peaks, first_draw, selected
 
 # Times this close are the same as far as the estimate goes. Then fewer, larger micro-batches are taken: small ones lose
@@ -84,7 +85,7 @@ class Ways:
 
     def _fits(self, choice: Lossless) -> bool:
         most = most_live_bytes(self._request)
-        room = most - prefetched_bytes(self._request, choice.micro_batch)
+        room = most - prefetched_bytes(self._request, self._lossy, choice.micro_batch)
         return self._floor(choice) <= most and self._of(choice).all_within(
             room, choice.recompute, choice.recompute_frozen
         )
@@ -101,7 +102,7 @@ class Ways:
                 break
             if best is None or self._first(choice) < best[0]:
                 peak, _ = self._of(choice).worst(choice.recompute, choice.recompute_frozen)
-                live = peak + prefetched_bytes(self._request, choice.micro_batch)
+                live = peak + prefetched_bytes(self._request, self._lossy, choice.micro_batch)
                 if best is None or live < best[0]:
                     best = (live, choice)
         assert best is not None
@@ -135,10 +136,10 @@ class Ways:
         """What no recompute goes below in the choice's setup."""
         key = (choice.micro_batch, choice.updates_in_backward)
         if key not in self._floors:
-            beside = prefetched_bytes(self._request, choice.micro_batch)
+            beside = prefetched_bytes(self._request, self._lossy, choice.micro_batch)
             self._floors[key] = self._of(choice).floor(levels_allowed(self._request)) + beside
         return self._floors[key]
 
     def _first(self, choice: Lossless) -> int:
-        beside = prefetched_bytes(self._request, choice.micro_batch)
+        beside = prefetched_bytes(self._request, self._lossy, choice.micro_batch)
         return self._of(choice).first(choice.recompute, choice.recompute_frozen) + beside

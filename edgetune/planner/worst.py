@@ -10,7 +10,8 @@ from edgetune.cost import Recompute, Selection, StepSetup, ViTShape
 from edgetune.cost.blocks import BlockWalk
 from edgetune.cost.step import NOT_RUN, placed_walk, step_frame, walked_peak
 from edgetune.cost.values import BlockState
-from edgetune.planner.values import Lossless, Lossy, PlanRequest, setup_of, with_levels
+from edgetune.planner.setups import setup_of
+from edgetune.planner.values import Lossless, Lossy, PlanRequest, with_levels
 
 Draw = tuple[bool, ...]  # of each block, whether it trains
 _LEVELS = len(Recompute)

@@ -12,10 +12,11 @@ from shapes import DEIT_TINY, make_shape
 
 from edgetune.cost import Selection, StepSetup, ViTShape, step_peak_bytes
 from edgetune.methods import METHODS, space_of
-from edgetune.planner import EmbeddingsChoice, Plan, PlanRequest
+from edgetune.planner import EmbeddingsChoice, Plan, PlanRequest, setups
 from edgetune.planner.choices import lossless_choices, lossy_choices
 from edgetune.planner.phases import phases, prefetched_bytes
-from edgetune.planner.values import Lossless, Lossy, setup_of, with_levels
+from edgetune.planner.setups import setup_of
+from edgetune.planner.values import CacheRequest, Lossless, Lossy, with_levels
 from edgetune.planner.ways import AS_FAST, seconds_of
 from edgetune.units import MIB
 
@@ -46,15 +47,11 @@ def capped(request: PlanRequest, cap_bytes: int) -> PlanRequest:
 
 def setup_of_plan(chosen: Plan, *, micro_batch: int | None = None, accumulation: int | None = None) -> StepSetup:
     """How a step under a plan runs; of a short last batch, with fewer images or fewer micro-batches."""
-    return StepSetup(
+    setup = setups.setup_of_plan(chosen, may_prune=chosen.method == "alast")
+    return msgspec.structs.replace(
+        setup,
         micro_batch=micro_batch or chosen.micro_batch,
         accumulation=accumulation or chosen.accumulation,
-        optimizer=chosen.optimizer,
-        ever_trained_blocks=chosen.ever_trained_blocks,
-        updates_in_backward=chosen.updates_in_backward,
-        half_blocks=chosen.split_block if chosen.half_frozen else 0,
-        threads=chosen.threads,
-        may_prune=chosen.method == "alast",
     )
 
 
@@ -83,6 +80,19 @@ def shapes(draw: st.DrawFn, *, least_depth: int = 1, max_depth: int = 8, max_gri
 
 
 @st.composite
+def caches(draw: st.DrawFn) -> CacheRequest:
+    return CacheRequest(
+        train_images=draw(st.integers(1, 5000)),
+        val_images=draw(st.integers(1, 500)),
+        steps=draw(st.integers(1, 1000)),
+        views=draw(st.integers(1, 3)),
+        float_bytes=draw(st.sampled_from([2, 4])),
+        limit_bytes=draw(st.sampled_from([None, None, MIB])),
+        asked=draw(st.booleans()),
+    )
+
+
+@st.composite
 def requests(draw: st.DrawFn, *, max_depth: int = 8, max_batch: int = 40, max_grid: int = 16) -> PlanRequest:
     """Any method on any model with any levers, under a cap that never binds."""
     shape = draw(shapes(max_depth=max_depth, max_grid=max_grid))
@@ -106,6 +116,8 @@ def requests(draw: st.DrawFn, *, max_depth: int = 8, max_batch: int = 40, max_gr
         decode_bytes=draw(st.integers(0, 30 * MIB)),
         load_copies=draw(st.sampled_from([1.0, 2.0])),
         threads=draw(st.integers(1, 4)),
+        split_tokens=draw(st.none() | st.floats(0.2, 1)),
+        cache=draw(st.none() | caches()),
         peak_flops_per_s=draw(st.sampled_from([None, 1e10])),
         memory_bandwidth_bytes_per_s=draw(st.sampled_from([None, 4e9])),
     )
@@ -148,7 +160,7 @@ def every_plan(request: PlanRequest) -> list[Tried]:
     found = []
     for number, lossy in enumerate(lossy_choices(request)):
         for place, lossless in enumerate(lossless_choices(request, lossy)):
-            live = worst_by_trying(request, lossy, lossless) + prefetched_bytes(request, lossless.micro_batch)
+            live = worst_by_trying(request, lossy, lossless) + prefetched_bytes(request, lossy, lossless.micro_batch)
             peak = max(phases(request, lossy, live).values())
             found.append(Tried(number, seconds_of(request, lossy, lossless), place, peak, lossy, lossless))
     return sorted(found, key=lambda tried: tried[:3])

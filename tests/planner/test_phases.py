@@ -11,6 +11,7 @@ from edgetune.cost import FLOAT_BYTES
 from edgetune.methods import METHODS
 from edgetune.planner import parts_of, plan, process_bytes, smallest_cap_bytes
 from edgetune.planner.phases import (
+    READ_BYTES,
     evaluation_batch,
     evaluation_live_bytes,
     most_live_bytes,
@@ -51,10 +52,15 @@ def test_no_phase_passes_the_cap_and_the_peak_is_the_largest(request: PlanReques
     smallest = smallest_cap_bytes(request)
     cap = smallest + int(share * smallest)
     chosen = plan(capped(request, cap))
-    assert set(chosen.predicted_phase_bytes) == {"data", "load", "train", "evaluate", "save", "resume"}
+    expected = {"data", "load", "train", "evaluate", "save", "resume"}
+    assert set(chosen.predicted_phase_bytes) == expected | ({"cache"} if chosen.prefix is not None else set())
     assert chosen.predicted_peak_bytes == max(chosen.predicted_phase_bytes.values()) <= cap
     # What waits to be trained on and the margin are in it.
     waiting = PREFETCHED_BATCHES * chosen.predicted.inputs_bytes + request.decode_bytes
+    if chosen.prefix is not None:
+        prefix = chosen.prefix
+        features = chosen.micro_batch * prefix.stored_tokens * prefix.width * FLOAT_BYTES
+        waiting = PREFETCHED_BATCHES * features + READ_BYTES if prefix.whole else waiting + PREFETCHED_BATCHES * features
     assert chosen.predicted_phase_bytes["train"] == process_bytes(
         RUNTIME, chosen.predicted.peak_bytes + waiting, head_alone=trains_head_alone(request.space)
     )
@@ -97,7 +103,8 @@ def test_loading_takes_as_many_copies_of_the_weights_as_the_file_needs() -> None
 
 def test_what_waits_is_two_micro_batches_and_the_image_being_decoded() -> None:
     request = make_request(decode_bytes=7 * MIB)
-    assert prefetched_bytes(request, 4) == 2 * 4 * 3 * 224 * 224 * 4 + 7 * MIB
+    lossy = Lossy(8, 4, (196,) * 12, False, True)
+    assert prefetched_bytes(request, lossy, 4) == 2 * 4 * 3 * 224 * 224 * 4 + 7 * MIB
 
 
 @given(requests(max_depth=6), st.floats(0, 1))
@@ -114,6 +121,10 @@ def test_the_parts_cover_the_peak_of_training(request: PlanRequest, share: float
     assert parts["runtime"] == chosen.runtime_bytes
     assert parts["weights"] == chosen.predicted.weights_bytes
     waiting = PREFETCHED_BATCHES * chosen.predicted.inputs_bytes + request.decode_bytes
+    if chosen.prefix is not None:
+        prefix = chosen.prefix
+        features = chosen.micro_batch * prefix.stored_tokens * prefix.width * FLOAT_BYTES
+        waiting = PREFETCHED_BATCHES * features + READ_BYTES if prefix.whole else waiting + PREFETCHED_BATCHES * features
     assert parts["inputs"] - chosen.predicted.inputs_bytes == pytest.approx(waiting, abs=1)
     assert parts["margin"] == pytest.approx(
         PROCESS_BYTES
@@ -130,5 +141,5 @@ def test_the_phases_of_a_choice_are_those_of_its_plan() -> None:
     request = make_request("last-k")
     chosen = plan(request)
     lossy = Lossy(8, 4, (196,) * 12, False, True)
-    live = chosen.predicted.peak_bytes + prefetched_bytes(request, 32)
+    live = chosen.predicted.peak_bytes + prefetched_bytes(request, lossy, 32)
     assert phases(request, lossy, live) == chosen.predicted_phase_bytes

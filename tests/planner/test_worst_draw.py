@@ -9,7 +9,8 @@ from planner_cases import OPTIMIZERS, every_draw, make_request, shapes, step_of,
 
 from edgetune.cost import Recompute, step_cost, step_peak_bytes
 from edgetune.planner import PlanRequest, ceilings
-from edgetune.planner.values import Lossless, Lossy, setup_of
+from edgetune.planner.setups import setup_of
+from edgetune.planner.values import Lossless, Lossy
 from edgetune.planner.worst import Peaks, worst_draw
 
 LEVELS = st.sampled_from(list(Recompute))
