@@ -79,26 +79,39 @@ def draw_blocks(
 
 
 def keep_tokens(
-    budgets: list[float], patch_tokens: int, split_block: int, share: Literal["compound", "absolute"]
+    budgets: list[float],
+    patch_tokens: int,
+    split_block: int,
+    share: Literal["compound", "absolute"],
+    split_tokens: int | None = None,
 ) -> tuple[int, ...]:
     """Patch tokens that each block sees. Dropped tokens do not come back; after the last block nothing is dropped.
 
     Blocks below the split keep all: pruning inside the frozen prefix cost 5-7 points on a hard task (ALAST notes in
-    `docs/decisions/0003-alast.md`), pruning above it one. At split 0 this is the published rule.
+    `docs/decisions/0003-alast.md`), pruning above it one. `split_tokens` of them go on at the split, by default all. At
+    split 0 this is the published rule.
     """
-    counts = [patch_tokens] * (split_block + 1)
+    entering = patch_tokens if split_tokens is None else split_tokens
+    counts = [patch_tokens] * split_block + [entering]
     for budget in budgets[split_block:-1]:
-        base = counts[-1] if share == "compound" else patch_tokens
+        base = counts[-1] if share == "compound" else entering
         counts.append(max(1, min(counts[-1], round(base * budget))))
     return tuple(counts[: len(budgets)])
 
 
 def propose(
-    state: AlastState, *, patch_tokens: int, split_block: int, count: int, settings: AlastSettings, rng: random.Random
+    state: AlastState,
+    *,
+    patch_tokens: int,
+    split_block: int,
+    count: int,
+    settings: AlastSettings,
+    rng: random.Random,
+    split_tokens: int | None = None,
 ) -> Selection:
     """The step that the budgets ask for; `planner.fit` clips it to the plan."""
     trains = draw_blocks(state.budgets, split_block, count, settings.layer_choice, rng)
-    tokens = keep_tokens(state.budgets, patch_tokens, split_block, settings.token_share)
+    tokens = keep_tokens(state.budgets, patch_tokens, split_block, settings.token_share, split_tokens)
     return Selection(trains, tokens)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 import numpy as np
@@ -23,6 +23,9 @@ from edgetune.methods import Method
 from edgetune.planner import Plan
 from edgetune.report import Scores
 from edgetune.settings import RunSettings
+
+if TYPE_CHECKING:
+    from edgetune.caching import Features
 
 
 class Interruption(Exception):
@@ -62,6 +65,9 @@ class TrainingState(msgspec.Struct):
     before: Scores | None = None
     alast: AlastState | None = None
     tightenings: tuple[str, ...] = ()
+    cache_seconds: float = 0.0
+    cache_written_bytes: int = 0
+    dropped_bytes: int = 0  # of weights, once the cache was whole
 
 
 class StepEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,6 +128,9 @@ class Job:
     tighten: Callable[[Plan], Plan] = no_tighter_plan
     follow: Callable[[Plan], None] = lambda _plan: None
     decode_budget_bytes: int | None = None
+    features: Features | None = None  # what is read instead of being computed
+    # Whether the backend has all that a checkpoint holds; not yet while a run is being put together.
+    ready: bool = True
     state: TrainingState = field(default_factory=TrainingState)
     stop: threading.Event = field(default_factory=threading.Event)
     # The optimizer's step counts when `state.step` was whole; None before the first step.
@@ -142,6 +151,8 @@ class Job:
     @property
     def is_whole(self) -> bool:
         """Whether the weights are those of `state.step`: a step that failed may have updated some of them already."""
+        if not self.ready:
+            return False
         if self.whole_steps is None:
             return True
         before = self.whole_steps

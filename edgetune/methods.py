@@ -76,8 +76,14 @@ def adaptive_obstacle(shape: ViTShape) -> str | None:
     return None
 
 
-def check_model(method: Method, shape: ViTShape, obstacle: str | None) -> None:
-    """Raises: UnsupportedModel if ALaST can't run on the model, naming why and what works."""
+def check_model(method: Method, shape: ViTShape, obstacle: str | None, *, split_tokens: float | None = None) -> None:
+    """Raises: UnsupportedModel if ALaST, or dropping tokens at the split, can't run on the model, naming why and what
+    works.
+    """
+    if split_tokens is not None and obstacle is not None:
+        raise UnsupportedModel(
+            f"--split-tokens: no tokens can be dropped in {shape.name}: {obstacle}. Leave it out."
+        )
     if method.prunes_tokens and obstacle is not None:
         raise UnsupportedModel(
             f"ALaST can't train {shape.name}: {obstacle}. "
@@ -167,6 +173,7 @@ def proposer(method: Method, plan: Plan, state: alast.AlastState | None, setting
             count=plan.trained_blocks,
             settings=settings,
             rng=rng,
+            split_tokens=plan.token_ceiling[plan.split_block],
         )
     if method.draws:
         flat = [1.0] * depth

@@ -35,6 +35,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     stopped: str
     learning_rate: float
     steps_per_epoch: int
+    cached_bytes: int | None
+    cache_precision: str | None
     notes: tuple[str, ...]
 
 
@@ -100,7 +102,13 @@ def make_report(outcome: Outcome) -> RunReport:
         steps=state.step,
         epochs=state.step / outcome.steps_per_epoch,
         best_epoch=state.best_epoch,
-        train_seconds=state.train_seconds,
+        cached_blocks=plan.prefix.blocks if plan.prefix is not None and outcome.cached_bytes is not None else 0,
+        cache_bytes=outcome.cached_bytes,
+        cache_written_bytes=None if outcome.cached_bytes is None else state.cache_written_bytes,
+        cache_precision=outcome.cache_precision,
+        cache_seconds=None if outcome.cached_bytes is None else state.cache_seconds,
+        dropped_weights_bytes=None if outcome.cached_bytes is None else state.dropped_bytes,
+        train_seconds=state.train_seconds + state.cache_seconds,
         eval_seconds=state.eval_seconds,
         total_seconds=state.total_seconds,
         images_per_second=state.images / state.train_seconds if state.train_seconds else None,

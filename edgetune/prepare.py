@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,7 +20,7 @@ from edgetune.judge import Judge, is_this_machine, judge_for, threads_for
 from edgetune.memory import MemoryMeter, limit_allocator
 from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
 from edgetune.optim import OptimizerSettings
-from edgetune.planner import Plan, PlanRequest, replayed
+from edgetune.planner import CacheRequest, Plan, PlanRequest, replayed, views_that_fit
 from edgetune.planner import plan as make_plan
 from edgetune.profiles import DeviceProfile
 from edgetune.settings import RunSettings
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
 # Of what is left for training, the share that decoding one image may take at the most.
 DECODE_SHARE = 1 / 3
 LEAST_DECODE_BYTES = 8 * MIB
+# Of what is free on the disk, the share that a cache may take.
+FREE_DISK_SHARE = 0.9
+CACHE_FOLDER = "cache"
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +61,7 @@ def prepare(
     stored_plan: Plan | None,
     *,
     replay: bool,
+    run_folder: Path,
 ) -> Setup:
     """Data, the model's shape and the plan: all that can fail before a weight is loaded.
 
@@ -87,8 +93,9 @@ def prepare(
         f"{len(data.train.paths)} training and {len(data.val.paths)} validation images, "
         f"{len(data.classes)} classes: {some(data.classes, 20)}"
     )
+    disk_room = room_on_disk(cache_folder(settings, run_folder))
     method = METHODS[settings.method]
-    check_model(method, shape, adaptive_obstacle(shape))
+    check_model(method, shape, adaptive_obstacle(shape), split_tokens=settings.split_tokens)
     request = PlanRequest(
         shape=shape,
         space=space_of(
@@ -114,7 +121,9 @@ def prepare(
         threads=threads_of(settings, profile),
         peak_flops_per_s=profile.peak_flops_per_s,
         memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
+        split_tokens=settings.split_tokens,
     )
+    settings, request = with_cache(settings, request, data, disk_room)
     plan = stored_plan
     if plan is None:
         plan = make_plan(request, smaller_models=known_shapes(len(data.classes)))
@@ -144,6 +153,50 @@ def prepare(
         decode_budget_bytes=decode_budget,
         notes=tuple(notes),
     )
+
+
+def with_cache(
+    settings: RunSettings, request: PlanRequest, data: DataFolder, disk_room_bytes: int
+) -> tuple[RunSettings, PlanRequest]:
+    """The request with what the planner must know to decide on a cache of the frozen prefix; and the settings with the
+    number of augmented views, where the disk's room decides on it.
+    """
+    fresh = (settings.augment or settings.hflip > 0) and settings.augment_views is None
+    refusal = "--no-cache" if settings.prefix_cache is False else None
+    if refusal is None and fresh:
+        refusal = "every epoch sees every image anew; --augment-views keeps so many views of each"
+    images, batch = len(data.train.paths), request.batch_size
+    cache = CacheRequest(
+        train_images=images,
+        val_images=len(data.val.paths),
+        steps=settings.steps or settings.epochs * -(-images // batch),
+        float_bytes=2 if settings.cache_precision == "float16" else 4,
+        limit_bytes=disk_room_bytes
+        if settings.cache_limit_bytes is None
+        else min(settings.cache_limit_bytes, disk_room_bytes),
+        asked=settings.prefix_cache is True,
+    )
+    if settings.augment_views == 0:
+        views = views_that_fit(request, cache)
+        settings = msgspec.structs.replace(settings, augment_views=views)
+    cache = msgspec.structs.replace(cache, views=settings.augment_views or 1)
+    return settings, msgspec.structs.replace(
+        request, cache=None if refusal else cache, no_cache_because=refusal
+    )
+
+
+def room_on_disk(folder: Path) -> int:
+    """Bytes that a cache in this folder may have: most of what is free, and what it has already."""
+    above = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    try:
+        there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+        return there + int(FREE_DISK_SHARE * shutil.disk_usage(above).free)
+    except OSError:
+        return 0
+
+
+def cache_folder(settings: RunSettings, run_folder: Path) -> Path:
+    return run_folder / CACHE_FOLDER if settings.cache_dir is None else Path(settings.cache_dir)
 
 
 def threads_of(settings: RunSettings, profile: DeviceProfile) -> int:
@@ -229,6 +282,7 @@ def settings_of_plan(settings: RunSettings, plan: Plan) -> RunSettings:
         accumulation=None,
         token_floor=None,
         token_ceiling=None,
+        split_tokens=None,
         embeddings="auto",
         recompute="auto",
         updates_in_backward=None,

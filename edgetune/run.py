@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from edgetune.backends.base import Backend
 from edgetune.checkpoint import create_run_folder, open_run_folder
 from edgetune.errors import RunFolderError
 from edgetune.guard import Guard, guarded, memory_ends
-from edgetune.job import Listener, TrainingState
+from edgetune.job import Listener
 from edgetune.memory import MemoryMeter
 from edgetune.prepare import Setup, build, prepare, settings_of_plan, some, warm_up
 from edgetune.report import RunReport, read_report
@@ -61,17 +60,17 @@ def finetune(
         try:
             with memory_ends("before the model was loaded"):
                 judge = warm_up(settings, profile, meter)
-                setup = prepare(settings, judge, profile, meter, listener, stored_plan, replay=stored_plan is not None)
+                setup = prepare(settings, judge, profile, meter, listener, stored_plan, replay=stored_plan is not None, run_folder=path)
             guard = stack.enter_context(guarded(settings.enforce, judge, meter))
             with meter.phase("load"), memory_ends("loading the model", guard):
-                backend, write_checkpoint = _load_new(setup, path, meter)
-            _reserve(backend, setup, guard)
+                stored, backend, standing = _load_new(setup, path, meter)
+            if setup.plan.prefix is None:
+                _reserve(backend, setup, guard)
         except BaseException:
             stack.close()
             _discard(path, keep=existed)
             raise
-        standing = Standing(TrainingState(), write_checkpoint, ())
-        return train_and_report(Session(path, setup, backend, standing, guard, began), listener)
+        return train_and_report(Session(path, setup, stored, backend, standing, guard, began), listener)
 
 
 def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunReport:
@@ -89,13 +88,16 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
         stack.enter_context(system.pinned_cores(profile.cores))
         with memory_ends("before the model was loaded"):
             judge = warm_up(settings, profile, meter)
-            setup = prepare(settings, judge, profile, meter, listener, read_plan(path / PLAN_FILE), replay=False)
+            setup = prepare(settings, judge, profile, meter, listener, read_plan(path / PLAN_FILE), replay=False, run_folder=path)
         _check_data(path, stored, setup)
         guard = stack.enter_context(guarded(settings.enforce, judge, meter))
         with meter.phase("load"), memory_ends("loading the run", guard):
             backend = build(setup, meter, pretrained=False)[1]
             standing = restore(path, setup.plan, backend)
-        _reserve(backend, setup, guard)
+            if setup.plan.prefix is None:
+                standing.restore_optimizer()
+        if setup.plan.prefix is None:
+            _reserve(backend, setup, guard)
         # The checkpoint is older than the report where a step that half happened ended the run.
         standing.state.tightenings = max(standing.state.tightenings, told, key=len)
         for note in standing.notes:
@@ -104,7 +106,7 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
         listener.note(f"going on from step {step}")
         notes = (*standing.notes, f"resumed at step {step}: this host's memory figures are of the part after it")
         standing = standing._replace(notes=notes)
-        return train_and_report(Session(path, setup, backend, standing, guard, began), listener)
+        return train_and_report(Session(path, setup, stored, backend, standing, guard, began), listener)
 
 
 def _check_data(path: Path, stored: StoredRun, setup: Setup) -> None:
@@ -123,8 +125,8 @@ def _check_data(path: Path, stored: StoredRun, setup: Setup) -> None:
         )
 
 
-def _load_new(setup: Setup, path: Path, meter: MemoryMeter) -> tuple[Backend, Callable[[TrainingState], None]]:
-    """The model as the run starts with it, all of the run folder that does not change, and what writes checkpoints."""
+def _load_new(setup: Setup, path: Path, meter: MemoryMeter) -> tuple[StoredRun, Backend, Standing]:
+    """The model as the run starts with it, and all of the run folder that does not change."""
     from edgetune.vit.models import timm_config
 
     loaded, backend = build(setup, meter, pretrained=setup.settings.pretrained)
@@ -138,12 +140,13 @@ def _load_new(setup: Setup, path: Path, meter: MemoryMeter) -> tuple[Backend, Ca
         architecture=loaded.architecture,
         model_args=loaded.model_args,
     )
-    write = write_start(path, stored, setup.plan, timm_config(loaded, setup.data.classes), backend)
-    return backend, write
+    return stored, backend, write_start(path, stored, setup.plan, timm_config(loaded, setup.data.classes), backend)
 
 
 def _reserve(backend: Backend, setup: Setup, guard: Guard) -> None:
-    """Make the optimizer's state at once, where it is kept: memory must not grow with the steps."""
+    """Make the optimizer's state at once, where it is kept: memory must not grow with the steps. (With a cached prefix
+    that waits until the prefix has left, see `session.begin`.)
+    """
     if setup.plan.keeps_state:
         with memory_ends("making the optimizer's state", guard):
             backend.reserve(trainable_space(setup.plan))

@@ -13,18 +13,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+import msgspec
+
 from edgetune.backends.base import Backend
-from edgetune.checkpoint import write_atomically
+from edgetune.caching import Features, Place, make, open_features
+from edgetune.checkpoint import open_base, write_atomically
 from edgetune.data import timm_augment
-from edgetune.errors import CapExceeded, EdgetuneError, Interrupted
+from edgetune.errors import CapExceeded, DoesNotFit, EdgetuneError, Interrupted
+from edgetune.features import FeaturesOverflow
 from edgetune.guard import Guard, memory_ends
 from edgetune.job import Diverged, Interruption, Job, Listener, NoMemory, OverCap, TrainingState
 from edgetune.methods import METHODS
 from edgetune.outcome import Outcome, make_report
-from edgetune.planner import Plan
-from edgetune.prepare import Setup, step_weights
+from edgetune.planner import Plan, pinned
+from edgetune.planner import plan as make_plan
+from edgetune.prepare import Setup, cache_folder, step_weights
 from edgetune.replay import forget, reason_of
 from edgetune.report import RunReport, report_to_json
+from edgetune.settings import StoredRun
 from edgetune.store import (
     METRICS_FILE,
     PLAN_FILE,
@@ -36,6 +42,7 @@ from edgetune.store import (
     write_model,
 )
 from edgetune.trainer import train
+from edgetune.units import format_bytes
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
 
@@ -46,12 +53,14 @@ class Session:
 
     path: Path
     setup: Setup
+    stored: StoredRun
     backend: Backend
     standing: Standing
     guard: Guard
     began: float
 
     def __post_init__(self) -> None:
+        self.cache: Features | None = None
         self.state = self.standing.state
         self.saved_step = self.state.step
         method = METHODS[self.setup.settings.method]
@@ -108,6 +117,8 @@ def train_and_report(session: Session, listener: Listener) -> RunReport:
         stopped=stopped,
         learning_rate=session.learning_rate,
         steps_per_epoch=job.steps_per_epoch,
+        cached_bytes=None if session.cache is None else session.cache.stored_bytes,
+        cache_precision=None if session.cache is None else session.cache.precision,
         notes=(*setup.notes, *session.standing.notes),
     )
     report = make_report(outcome)
@@ -123,6 +134,76 @@ def train_and_report(session: Session, listener: Listener) -> RunReport:
         error.report = report
         raise error
     return report
+
+
+def begin(session: Session, job: Job) -> None:
+    """Where the plan caches the frozen prefix: make what is missing of the cache, let the prefix go, and only then take
+    the optimizer's state.
+
+    Raises: as `caching.make`; CapExceeded if the cache can't be whole and the run does not fit without it.
+    """
+    plan, backend = job.plan, session.backend
+    prefix = plan.prefix
+    if prefix is None:
+        return
+    settings, state = session.setup.settings, job.state
+    place = Place(
+        folder=cache_folder(settings, session.path),
+        architecture=f"{session.stored.architecture} {session.stored.model_args}",
+        preprocess=msgspec.to_builtins(session.setup.preprocess),
+        limit_bytes=settings.cache_limit_bytes,
+    )
+    features = open_features(job, place, prefix, settings.cache_precision)
+    try:
+        make(job, features)
+    except FeaturesOverflow as error:
+        features.close()
+        job.listener.note(f"{error}; the cache is kept as float32")
+        features = open_features(job, place, prefix, "float32")
+        make(job, features)
+    state.cache_written_bytes += features.written_bytes
+    job.features = features
+    session.cache = features
+    for note in features.notes:
+        job.listener.note(note)
+    if prefix.whole and features.is_whole:
+        before = session.guard.meter.current().total_bytes
+        stored = open_base(session.path, session.standing.base_sha256)
+        state.dropped_bytes = backend.drop_prefix(prefix.blocks, stored)
+        after = session.guard.meter.current().total_bytes
+        job.listener.note(
+            f"the cache is whole ({format_bytes(features.stored_bytes)}): {format_bytes(state.dropped_bytes)} of weights "
+            f"leave memory, {format_bytes(before)} resident become {format_bytes(after)}"
+        )
+    elif prefix.whole:
+        _go_on_without_all(session, job, features)
+    elif features.full is not None:
+        job.listener.note(f"only a part is cached ({features.full}): the rest is computed when it is needed")
+    session.standing.restore_optimizer()
+    if job.plan.keeps_state:
+        backend.reserve(trainable_space(job.plan))
+    job.ready = True
+
+
+def _go_on_without_all(session: Session, job: Job, features: Features) -> None:
+    """Turn to a plan under which the prefix stays in memory: the cache could not be made whole."""
+    assert job.plan.prefix is not None
+    partly = msgspec.structs.replace(job.plan.prefix, whole=False)
+    request = pinned(session.setup.request, partly)
+    splits = tuple(split for split in request.space.splits if split >= partly.blocks)
+    request = msgspec.structs.replace(request, space=msgspec.structs.replace(request.space, splits=splits))
+    why = features.full or "some of it can't be read back"
+    try:
+        job.plan = make_plan(request)
+    except DoesNotFit as error:
+        raise DoesNotFit(
+            f"the cache of the frozen blocks can't be whole ({why}), and with them in memory {error}",
+            error.smallest_cap_bytes,
+        ) from error
+    job.listener.note(f"only a part is cached ({why}): the rest is computed when it is needed, under a new plan:")
+    for line in job.plan.explanation:
+        job.listener.note(f"plan: {line}")
+    write_json(session.path / PLAN_FILE, job.plan)
 
 
 def _job(session: Session, listener: Listener) -> Job:
@@ -147,9 +228,10 @@ def _job(session: Session, listener: Listener) -> Job:
         memory_bytes=lambda: setup.judge.device_peak_bytes(guard.meter.peaks()),
         shortage=guard.shortage,
         is_out_of_memory=lambda error: guard.is_out_of_memory(error, job.plan),
-        tighten=lambda current: guard.tighter(setup.request, current),
+        tighten=lambda current: guard.tighter(pinned(setup.request, current.prefix), current),
         follow=lambda plan: session.follow(plan, job),
         decode_budget_bytes=setup.decode_budget_bytes,
+        ready=setup.plan.prefix is None,
         state=session.state,
     )
     return job
@@ -161,6 +243,7 @@ def _train(session: Session, job: Job) -> tuple[str, EdgetuneError | None]:
     go_on = f"edgetune finetune --resume {shlex.quote(str(path))}"
     with stop_on_signals(job.stop) as signals:
         try:
+            begin(session, job)
             train(job)
             return "finished", None
         except Interruption:

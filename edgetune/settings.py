@@ -15,6 +15,7 @@ from edgetune.optim import OptimizerName
 from edgetune.planner import EmbeddingsChoice, RecomputeChoice
 
 Augment = Literal["none", "timm"]
+Precision = Literal["float16", "float32"]
 
 
 class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,6 +43,12 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     split_block: int | None = None
     token_floor: float | None = None
     token_ceiling: float | None = None
+    split_tokens: float | None = None
+    prefix_cache: bool | None = None  # None: where it pays
+    cache_dir: str | None = None  # None: the run folder's own
+    cache_limit_bytes: int | None = None
+    cache_precision: Precision = "float16"
+    augment_views: int | None = None  # fixed views of each image; 0: as many as the disk has room for
     embeddings: EmbeddingsChoice = "auto"
     recompute: RecomputeChoice = "auto"
     updates_in_backward: bool | None = None
@@ -95,6 +102,9 @@ def check(settings: RunSettings) -> None:
         ("--alpha", settings.alast.alpha, 0.0, 1e9),
         ("--token-floor", settings.token_floor, 0.01, 1.0),
         ("--token-ceiling", settings.token_ceiling, 0.01, 1.0),
+        ("--split-tokens", settings.split_tokens, 0.01, 1.0),
+        ("--cache-limit", settings.cache_limit_bytes, 0, 2**62),
+        ("--augment-views", settings.augment_views, 0, 1000),
     )
     for flag, value, least, most in limits:
         # `not least <= value` also catches NaN.
@@ -114,6 +124,12 @@ def check(settings: RunSettings) -> None:
         raise UsageError(
             f"--optimizer-state evict: --method {settings.method} trains the same blocks in every step, so no state is left behind."
         )
+    if settings.split_tokens is not None and settings.method in ("full", "head"):
+        raise UsageError(f"--split-tokens: --method {settings.method} has no split to drop tokens at. Try last-k or alast.")
+    if settings.prefix_cache is False and settings.cache_dir is not None:
+        raise UsageError("--cache and --no-cache contradict each other: leave one of them out.")
+    if settings.augment_views is not None and not (settings.augment or settings.hflip):
+        raise UsageError("--augment-views keeps views that differ: give --augment or --hflip with it.")
     if settings.weights is not None and not settings.pretrained:
         raise UsageError("--weights and --no-pretrained contradict each other: leave one of them out.")
     texts = {
@@ -121,6 +137,7 @@ def check(settings: RunSettings) -> None:
         "--weights": settings.weights,
         "--data": settings.data,
         "--device": settings.device,
+        "--cache": settings.cache_dir,
     }
     for flag, text in texts.items():
         if text is not None:

@@ -6,6 +6,7 @@ config.json        what plain timm builds the model from; with model.safetensors
 labels.txt         one class a line, in the order of the logits
 metrics.csv        one row a step, one an evaluation
 report.json        the report
+cache/             what the frozen blocks put out for each image, where that is kept
 checkpoints/       the base weights once, and of the last two checkpoints only what training changed
 """
 
@@ -49,11 +50,8 @@ T = TypeVar("T")
 
 def write_start(
     folder: Path, stored: StoredRun, plan: Plan, timm_config: Mapping[str, Any], backend: Backend
-) -> Callable[[TrainingState], None]:
-    """Write everything that does not change during a run, the weights it starts from included, and a first checkpoint.
-
-    Returns: what writes the later ones.
-    """
+) -> Standing:
+    """Write everything that does not change during a run, the weights it starts from included, and a first checkpoint."""
     write_json(folder / RUN_FILE, stored)
     write_json(folder / PLAN_FILE, plan)
     write_json(folder / CONFIG_FILE, timm_config)
@@ -62,7 +60,7 @@ def write_start(
     base_sha256 = save_base(folder, backend.model_tensors())
     write = checkpoint_writer(folder, plan, backend, stored.settings.seed, base_sha256)
     write(TrainingState())
-    return write
+    return Standing(TrainingState(), write, (), base_sha256)
 
 
 def write_model(folder: Path, backend: Backend) -> None:
@@ -96,15 +94,21 @@ def checkpoint_writer(
 
 
 class Standing(NamedTuple):
-    """Where a run stood, what writes its next checkpoints, and notes for the user."""
+    """Where a run stood, what writes its next checkpoints, and notes for the user.
+
+    `restore_optimizer` puts its state into the backend: apart, so that what the run needs no more can leave memory first.
+    `base_sha256`: of the weights that the run started from.
+    """
 
     state: TrainingState
     write_checkpoint: Callable[[TrainingState], None]
     notes: tuple[str, ...]
+    base_sha256: str = ""
+    restore_optimizer: Callable[[], None] = lambda: None
 
 
 def restore(folder: Path, plan: Plan, backend: Backend) -> Standing:
-    """Put the last good checkpoint back into the backend.
+    """Put the last good checkpoint's weights back into the backend.
 
     Raises: RunFolderError if there is none, or it does not belong to the plan.
     """
@@ -124,15 +128,25 @@ def restore(folder: Path, plan: Plan, backend: Backend) -> Standing:
         trained = _Part(tensors, MODEL_PREFIX)
         for name in trained:
             backend.restore({name: trained[name]}, {}, {})
-        backend.restore({}, _Part(tensors, OPTIMIZER_PREFIX), checkpoint.optimizer.steps)
     except (KeyError, RuntimeError) as error:  # a tensor that the model lacks, or has in another shape
-        raise RunFolderError(f"the checkpoint in {folder} does not belong to the run's model: {error}.") from error
+        raise _foreign(folder, error) from error
+
+    def restore_optimizer() -> None:
+        try:
+            backend.restore({}, _Part(tensors, OPTIMIZER_PREFIX), checkpoint.optimizer.steps)
+        except (KeyError, RuntimeError) as error:
+            raise _foreign(folder, error) from error
+
     try:
         state = msgspec.convert(checkpoint.training, TrainingState)
     except msgspec.ValidationError as error:
         raise RunFolderError(f"the checkpoint in {folder} is of another version of edgetune: {error}.") from error
     write = checkpoint_writer(folder, plan, backend, checkpoint.seed, checkpoint.base_sha256, trained)
-    return Standing(state, write, notes)
+    return Standing(state, write, notes, checkpoint.base_sha256, restore_optimizer)
+
+
+def _foreign(folder: Path, error: Exception) -> RunFolderError:
+    return RunFolderError(f"the checkpoint in {folder} does not belong to the run's model: {error}.")
 
 
 class LoggedListener:

@@ -19,8 +19,9 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune import alast, cost
-from edgetune.backends.base import Images, Labels, StepResult
-from edgetune.data import ImageSet, epoch_order, load_batch, prefetch
+from edgetune.backends.base import Array, Labels, StepResult
+from edgetune.caching import Loaded, completed, load
+from edgetune.data import ImageSet, epoch_order, prefetch
 from edgetune.job import Diverged, Interruption, Job, OverCap, StepEvent
 from edgetune.methods import proposer
 from edgetune.planner import Plan, fit, lightened
@@ -29,7 +30,7 @@ from edgetune.report import Scores, Tally, is_better
 
 # A loss that is no number this many steps in a row won't become one again: the weights do not change meanwhile.
 MAX_LOST_STEPS = 3
-MicroBatch = tuple[Images, Labels]
+MicroBatch = tuple[Array, Labels]
 
 
 def train(job: Job) -> None:
@@ -81,6 +82,7 @@ def _one_step(job: Job, source: _Source) -> None:
             with_deltas=state.alast is not None,
             updates_in_backward=plan.updates_in_backward,
             keeps_state=plan.keeps_state,
+            cached_blocks=_cached_blocks(job),
         )
         return selection, result
 
@@ -97,7 +99,7 @@ def _one_step(job: Job, source: _Source) -> None:
     job.whole_steps = job.backend.optimizer_steps()
     state.lost_steps = 0 if result.updated else state.lost_steps + 1
     state.images += images
-    state.flops += cost.step_flops(job.shape, selection, images)
+    state.flops += cost.step_flops(job.shape, selection, images, _cached_blocks(job))
     share = cost.token_share(job.shape, selection)
     state.token_share_sum += share
     state.train_seconds += seconds
@@ -108,6 +110,10 @@ def _one_step(job: Job, source: _Source) -> None:
     _tell(job, selection, result, learning_rate, share, seconds)
     if state.lost_steps >= MAX_LOST_STEPS:
         raise Diverged
+
+
+def _cached_blocks(job: Job) -> int:
+    return 0 if job.features is None else job.features.prefix.blocks
 
 
 def _tell(
@@ -201,22 +207,16 @@ def _evaluate(job: Job, images: ImageSet) -> Scores:
     size = job.plan.evaluation_batch
     total = len(images.paths)
 
-    def batches() -> Iterator[MicroBatch]:
+    def batches() -> Iterator[Loaded]:
         for start in range(0, total, size):
-            yield load_batch(
-                images,
-                range(start, min(start + size, total)),
-                job.preprocess,
-                seed=job.settings.seed,
-                epoch=0,
-                decode_budget_bytes=job.decode_budget_bytes,
-            )
+            yield load(job, images, np.arange(start, min(start + size, total)), epoch=0, training=False)
 
     with closing(prefetch(batches())) as source:
-        for number, (inputs, labels) in enumerate(source):
+        for number, loaded in enumerate(source):
             if job.stop.is_set():
                 raise Interruption
-            tally.add(job.backend.evaluate(inputs), labels)
+            inputs, labels = completed(job, loaded, training=False)
+            tally.add(job.backend.evaluate(inputs, _cached_blocks(job)), labels)
             job.listener.progress("evaluate", min((number + 1) * size, total), total)
     return tally.scores()
 
@@ -242,7 +242,7 @@ class _Part(NamedTuple):
 
     step: int
     is_last: bool
-    batch: MicroBatch
+    loaded: Loaded
 
 
 class _Source:
@@ -261,7 +261,7 @@ class _Source:
             self._parts = _parts(self._job)
         for part in self._parts:
             if part.step == step:
-                yield part.batch
+                yield completed(self._job, part.loaded, training=True)
                 if part.is_last:
                     return
 
@@ -275,23 +275,13 @@ def _parts(job: Job) -> Generator[_Part, None, None]:
     """Every micro-batch from the current step to the end of the run."""
     size, first, end = job.plan.micro_batch, job.state.step, job.total_steps
 
-    def load(step: int, indices: npt.NDArray[np.int64]) -> MicroBatch:
-        return load_batch(
-            job.train_images,
-            indices,
-            job.preprocess,
-            seed=job.settings.seed,
-            epoch=step // job.steps_per_epoch,
-            hflip=job.settings.hflip,
-            transform=job.transform,
-            decode_budget_bytes=job.decode_budget_bytes,
-        )
-
     def produce() -> Iterator[_Part]:
         for step in range(first, end):
             indices = _step_indices(job, step)
             for start in range(0, len(indices), size):
-                yield _Part(step, start + size >= len(indices), load(step, indices[start : start + size]))
+                epoch, part = step // job.steps_per_epoch, indices[start : start + size]
+                loaded = load(job, job.train_images, part, epoch, training=True)
+                yield _Part(step, start + size >= len(indices), loaded)
 
     # timm's augmentation draws from global generators, so it must run between steps, in this thread.
     return prefetch(produce(), depth=0 if job.transform is not None else 1)

@@ -70,7 +70,7 @@ class Backend(Protocol):
     def features(self, inputs: Images, patch_tokens: Sequence[int], *, pooled: bool) -> Array:
         """What the frozen prefix makes of images, float32 (B, T, D): the same whatever else is in the batch.
 
-        `patch_tokens`: how many enter each of its blocks and, last, how many leave. `pooled`: the class token alone.
+        `patch_tokens`: how many enter each of its blocks and, last, how many leave. `pooled`: the prefix tokens alone.
         """
         ...
 

@@ -94,6 +94,11 @@ def read_base(run_folder: Path, sha256: str) -> Iterator[tuple[str, Array]]:
     return read_tensors(run_folder / _FOLDER / _BASE, sha256)
 
 
+def open_base(run_folder: Path, sha256: str) -> Mapping[str, Array]:
+    """The base weights, each read when it is asked for. Raises: RunFolderError as `open_tensors`."""
+    return open_tensors(run_folder / _FOLDER / _BASE, sha256)
+
+
 def save_checkpoint(run_folder: Path, checkpoint: Checkpoint, tensors: Mapping[str, Array]) -> Path:
     """Keep this state and the newest one of an earlier step; returns the new state's folder.
 

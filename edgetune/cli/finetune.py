@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgetune.cli.options import (
+    CachePrecision,
     Embeddings,
     Enforce,
     FrozenWeights,
@@ -19,6 +20,7 @@ from edgetune.cli.options import (
     OptimizerState,
     RecomputeLevel,
     parse_split,
+    parse_views,
     plan_settings,
 )
 from edgetune.errors import EdgetuneError, Interrupted, UsageError
@@ -40,11 +42,14 @@ FLAGS = {
     "updates_in_backward": "step-in-backward",
     "keeps_state": "optimizer-state",
     "half_frozen": "frozen-weights",
+    "prefix_cache": "no-cache",
+    "cache_dir": "cache",
+    "cache_limit_bytes": "cache-limit",
     "alast": "layer-choice, --token-share, --initial-budget, --alpha",
 }
 # What a plan has settled: asking for something else beside --plan would be ignored.
 OF_THE_PLAN = {
-    "method", "batch_size", "accumulation", "optimizer", "trained_blocks", "split_block", "token_floor", "threads",
+    "method", "batch_size", "accumulation", "optimizer", "trained_blocks", "split_block", "token_floor", "threads", "split_tokens",
     "token_ceiling", "embeddings", "recompute", "updates_in_backward", "keeps_state", "half_frozen",
 }  # fmt: skip
 MODEL, DATA, METHOD, TRAIN, MEMORY, OUTPUT = "Model", "Data", "Method", "Training", "Memory", "Run folder and output"
@@ -146,6 +151,14 @@ def finetune(
         bool | None,
         _option("--augment", help="timm's training augmentation: random resized crop, flip, colour.", panel=DATA),
     ] = None,
+    augment_views: Annotated[
+        str | None,
+        _option(
+            "--augment-views",
+            help="With --augment or --hflip: so many fixed views of each image instead of a new one every epoch, which can be cached; `auto`: as many as the disk has room for.",
+            panel=DATA,
+        ),
+    ] = None,
     weighting: Annotated[
         ClassWeights | None,
         _option("--class-weights", help="`balanced`: rare classes weigh more in the loss (default none).", panel=DATA),
@@ -183,6 +196,14 @@ def finetune(
         _option(
             "--token-ceiling",
             help="Largest share of its patch tokens that a block may pass on under ALaST. Default: all, or what fits.",
+            panel=METHOD,
+        ),
+    ] = None,
+    split_tokens: Annotated[
+        float | None,
+        _option(
+            "--split-tokens",
+            help="Share of the patch tokens that goes on at the split, chosen by the class token's attention there (default 1).",
             panel=METHOD,
         ),
     ] = None,
@@ -295,6 +316,33 @@ def finetune(
             panel=MEMORY,
         ),
     ] = None,
+    cache: Annotated[
+        Path | None,
+        _option(
+            "--cache",
+            help="Keep what the frozen blocks put out for each image in this folder, which other runs may share. Default: `cache` in the run folder, where that pays.",
+            panel=MEMORY,
+        ),
+    ] = None,
+    no_cache: Annotated[
+        bool, _option("--no-cache", help="Compute the frozen blocks anew in every step.", panel=MEMORY)
+    ] = False,
+    cache_limit: Annotated[
+        str | None,
+        _option(
+            "--cache-limit",
+            help="Most that the cache may take on disk, such as 200MB: as many images as fit are kept. Default: nine tenths of what is free.",
+            panel=MEMORY,
+        ),
+    ] = None,
+    cache_precision: Annotated[
+        CachePrecision | None,
+        _option(
+            "--cache-precision",
+            help="How it is stored: `float16` (default) or `float32`, twice as large and without any rounding.",
+            panel=MEMORY,
+        ),
+    ] = None,
     enforce: Annotated[
         Enforce | None,
         _option(
@@ -378,6 +426,11 @@ def finetune(
         "label_smoothing": smoothing,
         "trained_blocks": trained_blocks,
         "split_block": parse_split(split),
+        "augment_views": parse_views(augment_views),
+        "prefix_cache": False if no_cache else None if cache is None else True,
+        "cache_dir": None if cache is None else _absolute(str(cache)),
+        "cache_limit_bytes": None if cache_limit is None else parse_bytes(cache_limit),
+        "cache_precision": None if cache_precision is None else cache_precision.value,
         "enforce": None if enforce is None else enforce.value,
         "hflip": hflip,
         "augment": augment,
@@ -392,6 +445,7 @@ def finetune(
     given |= plan_settings(
         token_floor=token_floor,
         token_ceiling=token_ceiling,
+        split_tokens=split_tokens,
         embeddings=embeddings,
         recompute=recompute,
         step_in_backward=step_in_backward,

@@ -47,6 +47,11 @@ class FrozenWeights(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class CachePrecision(str, Enum):
+    float16 = "float16"
+    float32 = "float32"
+
+
 class Enforce(str, Enum):
     auto = "auto"
     rlimit = "rlimit"
@@ -58,6 +63,7 @@ def plan_settings(
     *,
     token_floor: float | None,
     token_ceiling: float | None,
+    split_tokens: float | None,
     embeddings: Embeddings | None,
     recompute: RecomputeLevel | None,
     step_in_backward: bool | None,
@@ -69,6 +75,7 @@ def plan_settings(
     given: dict[str, Any] = {
         "token_floor": token_floor,
         "token_ceiling": token_ceiling,
+        "split_tokens": split_tokens,
         "embeddings": None if embeddings is None else embeddings.value,
         "recompute": None if recompute is None else recompute.value,
         "updates_in_backward": step_in_backward,
@@ -83,4 +90,15 @@ def parse_split(text: str | None) -> int | None:
         return None
     if not text.isascii() or not text.isdigit():
         raise UsageError(f"--split takes `auto` or a block's number, not {text!r}.")
+    return int(text)
+
+
+def parse_views(text: str | None) -> int | None:
+    """A number of views; 0 for `auto`."""
+    if text is None:
+        return None
+    if text == "auto":
+        return 0
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise UsageError(f"--augment-views takes `auto` or a number from 1, not {text!r}.")
     return int(text)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgetune.profiles import DeviceProfile
 
 BAR_CELLS = 40
+VAL_SHARE = 4  # of the training images, as many validate: a run's own share without a val/
 # Decoding an image of the model's own size, as `edgetune.data` counts it; photographs take more, and a run looks at them.
 _SMALL_DECODE_BYTES = MIB
 
@@ -47,8 +48,12 @@ def plan(
         int, typer.Option("--batch-size", "-b", min=1, max=65_536, help="Images an optimizer step.")
     ] = 32,
     images: Annotated[
-        int | None,
-        typer.Option("--images", min=1, help="Training images, for the time of an epoch.", show_default=False),
+        int, typer.Option("--images", min=1, help="Training images, for the time of an epoch and the prefix cache.")
+    ] = 1000,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, max=100_000, help="Passes over them.")] = 10,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compute the frozen blocks anew in every step.")] = False,
+    cache_limit: Annotated[
+        str | None, typer.Option("--cache-limit", help="Most that the cache may take on disk.", show_default=False)
     ] = None,
     method: Annotated[MethodName, typer.Option("--method", help="What trains.")] = MethodName.alast,
     opt: Annotated[OptimizerChoice, typer.Option("--opt", help="Optimizer.")] = OptimizerChoice.adamw,
@@ -62,6 +67,10 @@ def plan(
     token_ceiling: Annotated[
         float | None,
         typer.Option("--token-ceiling", help="Largest share that a block may pass on.", show_default=False),
+    ] = None,
+    split_tokens: Annotated[
+        float | None,
+        typer.Option("--split-tokens", help="Share of the tokens that goes on at the split.", show_default=False),
     ] = None,
     embeddings: Annotated[
         Embeddings | None, typer.Option("--embeddings", help="Under --method full.", show_default=False)
@@ -92,16 +101,17 @@ def plan(
     from edgetune import devices
     from edgetune.judge import threads_for
     from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
-    from edgetune.planner import PlanRequest, format_cap, smallest_cap_bytes
+    from edgetune.planner import CacheRequest, PlanRequest, format_cap, smallest_cap_bytes
     from edgetune.planner import plan as make_plan
     from edgetune.shapes import known_shapes
 
     shape = _shape(model, classes, image_size)
     chosen = METHODS[method.value]
-    check_model(chosen, shape, adaptive_obstacle(shape))
+    check_model(chosen, shape, adaptive_obstacle(shape), split_tokens=split_tokens)
     levers = plan_settings(
         token_floor=token_floor,
         token_ceiling=token_ceiling,
+        split_tokens=split_tokens,
         embeddings=embeddings,
         recompute=recompute,
         step_in_backward=step_in_backward,
@@ -114,6 +124,13 @@ def plan(
         trained_blocks=trained_blocks,
         split_block=parse_split(split),
         embeddings=levers.pop("embeddings", "auto"),
+    )
+
+    cache = CacheRequest(
+        train_images=images,
+        val_images=-(-images // VAL_SHARE),
+        steps=epochs * -(-images // batch_size),
+        limit_bytes=None if cache_limit is None else parse_bytes(cache_limit),
     )
 
     def request(profile: DeviceProfile) -> PlanRequest:
@@ -129,6 +146,8 @@ def plan(
             threads=threads_for(profile),
             peak_flops_per_s=profile.peak_flops_per_s,
             memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
+            cache=None if no_cache else cache,
+            no_cache_because="--no-cache" if no_cache else None,
             **levers,
         )
 
@@ -187,7 +206,7 @@ def _cap_and_runtime(profile: DeviceProfile, ram_cap: str | None) -> tuple[int, 
     )
 
 
-def _show(plan: Plan, profile: DeviceProfile, label: str, images: int | None) -> None:
+def _show(plan: Plan, profile: DeviceProfile, label: str, images: int) -> None:
     from edgetune.planner import parts_of
 
     typer.echo(f"{plan.model}, {plan.method}, batch {plan.batch_size} on {profile.id}")
@@ -207,9 +226,7 @@ def _show(plan: Plan, profile: DeviceProfile, label: str, images: int | None) ->
     if seconds is None:
         typer.echo("\n  no time is predicted: nobody has this device's speed")
         return
-    epoch = ""
-    if images is not None:
-        epoch = f", {format_seconds(seconds * -(-images // plan.batch_size))} an epoch of {images} images"
+    epoch = f", {format_seconds(seconds * -(-images // plan.batch_size))} an epoch of {images} images"
     typer.echo(f"\n  estimate at the profile's peak FLOP/s: {format_seconds(seconds)} a step{epoch}")
 
 

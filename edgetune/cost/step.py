@@ -35,7 +35,7 @@ class StepSetup(msgspec.Struct, frozen=True, kw_only=True):
     as bfloat16. `may_prune`: count what pruning needs after every block, whether or not tokens are dropped there, so
     that fewer tokens never cost more. `cached_blocks`: lowest blocks that are not run, since what they put out is read
     from the prefix cache; neither they nor the embeddings are in memory. `pooled`: of what the last of them puts out,
-    only the token that the head reads.
+    only the prefix tokens, one of which the head reads.
     """
 
     micro_batch: int
@@ -91,7 +91,7 @@ def step_frame(
     batch, mode = setup.micro_batch, setup.mode
     weights = resident_weights_bytes(shape, setup.half_blocks, setup.cached_blocks)
     inputs = step_input_bytes(shape, batch, first_tokens, setup)
-    head_tokens = 1 - shape.prefix_tokens if setup.pooled else last_tokens
+    head_tokens = 0 if setup.pooled else last_tokens
     state = optimizer_bytes(shape, setup.optimizer, setup.ever_trained_blocks, embeddings_train)
     gradients = FLOAT_BYTES * trained_parameters(shape, trained_blocks, embeddings_train)
     scratch = update_scratch_bytes(shape, setup.optimizer, trained_blocks > 0, embeddings_train)
@@ -139,7 +139,7 @@ def resident_weights_bytes(shape: ViTShape, half_blocks: int, cached_blocks: int
 
 def feature_tokens(shape: ViTShape, patch_tokens: int, *, pooled: bool) -> int:
     """Tokens of an image that the prefix cache holds."""
-    return 1 if pooled else patch_tokens + shape.prefix_tokens
+    return shape.prefix_tokens + (0 if pooled else patch_tokens)
 
 
 def step_input_bytes(shape: ViTShape, batch: int, first_tokens: int, setup: StepSetup) -> int:

@@ -35,11 +35,12 @@ _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")
 
 
 class Found(Struct, frozen=True):
-    """One image file. `path` is relative to the data folder, with "/"; `size` in bytes."""
+    """One image file. `path` is relative to the data folder, with "/"; `size` in bytes; `inode` is 0 where there is none."""
 
     path: str
     size: int
     mtime_ns: int
+    inode: int = 0
 
 
 class ClassFiles(Struct, frozen=True):
@@ -100,7 +101,9 @@ def walk_class(root: str, folders: list[str]) -> ClassFiles:
             others["not a regular file"] += 1
         elif suffix in IMAGE_SUFFIXES or _has_signature(path, name):
             relative = os.path.relpath(path, root).replace(os.sep, "/")
-            images.append(Found(relative, status.st_size if status else 0, status.st_mtime_ns if status else 0))
+            images.append(
+                Found(relative, status.st_size, status.st_mtime_ns, status.st_ino) if status else Found(relative, 0, 0)
+            )
         else:
             (pictures if suffix in PICTURE_SUFFIXES else others)[suffix or "no suffix"] += 1
     return ClassFiles(tuple(sorted(images, key=lambda image: image.path)), pictures, others, junk)

@@ -28,11 +28,15 @@ _NAMED_AT_MOST = 5
 class ImageSet(Struct, frozen=True):
     """Images and their labels. `root` is absolute, `paths` are relative to it, with "/", as the file system spells
     them.
+
+    `contents` tells the pictures apart: a digest of each file's bytes, and the scale at which it is decoded where that is
+    not full. Empty where nobody looked.
     """
 
     root: str
     paths: tuple[str, ...]
     labels: tuple[int, ...]
+    contents: tuple[str, ...] = ()
 
 
 class BadImage(Struct, frozen=True):
@@ -250,8 +254,8 @@ def _folder(
     skipped = [f"{plural(len(bad), 'unreadable image')} skipped: {_named(bad)}."] if bad else []
     return DataFolder(
         classes=tuple(shown(name) for name in classes),
-        train=_image_set(how.root, train),
-        val=_image_set(how.root, val),
+        train=_image_set(how.root, train, scales),
+        val=_image_set(how.root, val, scales[len(train) :]),
         notes=(*notes, *skipped, *_missing(classes, val), *_twice(train, val)),
         bad=tuple(bad),
         largest_pixels=max(header.width * header.height for header in headers),
@@ -262,8 +266,16 @@ def _folder(
     )
 
 
-def _image_set(root: str, images: Sequence[_Image]) -> ImageSet:
-    return ImageSet(root, tuple(image.path for image in images), tuple(image.label for image in images))
+def _image_set(root: str, images: Sequence[_Image], scales: Sequence[int]) -> ImageSet:
+    return ImageSet(
+        root,
+        tuple(image.path for image in images),
+        tuple(image.label for image in images),
+        tuple(
+            image.digest if scale == 1 else f"{image.digest}/{scale}"
+            for image, scale in zip(images, scales[: len(images)], strict=True)
+        ),
+    )
 
 
 def _missing(classes: tuple[str, ...], val: Sequence[_Image]) -> list[str]:

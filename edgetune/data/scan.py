@@ -1,6 +1,6 @@
 """Every image decoded once in full before the first step: half a JPEG passes `open` and `verify` and fails hours later.
 
-Decoding is what the loader does, by the same function. What was found is kept by (path, size, mtime), so the second
+Decoding is what the loader does, by the same function. What was found is kept by (path, size, mtime, inode), so the second
 run on a folder starts at once. A digest of each file's bytes comes with it: it finds one picture in train and val,
 linked or copied.
 """
@@ -23,7 +23,7 @@ from edgetune.data.files import Found
 from edgetune.data.images import ImageHeader, UnreadableImage, check_size, decode
 from edgetune.data.preprocess import Preprocess
 
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 class Record(Struct, frozen=True, array_like=True):
@@ -34,6 +34,11 @@ class Record(Struct, frozen=True, array_like=True):
     digest: str = ""
     header: ImageHeader | None = None
     reason: str = ""
+    inode: int = 0
+
+    def is_of(self, image: Found) -> bool:
+        """Whether the file is the one that was looked at, as far as can be told without reading it."""
+        return (self.size, self.mtime_ns, self.inode) == (image.size, image.mtime_ns, image.inode)
 
 
 class _Cache(Struct):
@@ -59,7 +64,7 @@ def scan(
         for done, image in enumerate(images, 1):
             key = quote(os.fsencode(image.path))
             record = known.get(key)
-            if record is None or (record.size, record.mtime_ns) != (image.size, image.mtime_ns):
+            if record is None or not record.is_of(image):
                 record, keep = _examine(root, image, preprocess, decode_budget_bytes)
                 if keep:
                     known[key] = record
@@ -82,11 +87,12 @@ def _examine(
         with warnings.catch_warnings():  # the scan runs before any thread is started
             warnings.simplefilter("ignore")  # what Pillow warns of is either refused here by name or harmless
             _, header = decode(path, preprocess=preprocess, decode_budget_bytes=decode_budget_bytes)
-        return Record(image.size, image.mtime_ns, _digest(path), header), True
+        return Record(image.size, image.mtime_ns, _digest(path), header, inode=image.inode), True
     except UnreadableImage as error:
-        return Record(image.size, image.mtime_ns, reason=error.reason), error.lasting
+        reason, lasting = error.reason, error.lasting
     except OSError as error:
-        return Record(image.size, image.mtime_ns, reason=error.strerror or "can't be read"), False
+        reason, lasting = error.strerror or "can't be read", False
+    return Record(image.size, image.mtime_ns, reason=reason, inode=image.inode), lasting
 
 
 def _checked(path: str, record: Record, preprocess: Preprocess | None, decode_budget_bytes: int | None) -> Record:
@@ -96,7 +102,7 @@ def _checked(path: str, record: Record, preprocess: Preprocess | None, decode_bu
     try:
         check_size(path, record.header, preprocess, decode_budget_bytes)
     except UnreadableImage as error:
-        return Record(record.size, record.mtime_ns, reason=error.reason)
+        return msgspec.structs.replace(record, digest="", header=None, reason=error.reason)
     return record
 
 

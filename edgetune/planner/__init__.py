@@ -2,16 +2,19 @@
 
 `choices.py` writes down what the planner may choose and in which order, `search.py` finds the best of it, `ways.py` the
 fastest way to run one choice, `worst.py` the worst draw; `phases.py` says what a whole process holds, `tokens.py` clips a
-step to the plan, `lighter.py` gives it back what it has room for, `explain.py` puts the plan into words.
+step to the plan, `prefix.py` says what is cached of what never trains, `setups.py` how steps are run, `lighter.py` gives it back what it has room for, `explain.py` puts the plan into words.
 """
 
 from edgetune.planner.explain import format_cap
 from edgetune.planner.lighter import lightened
 from edgetune.planner.phases import parts_of, process_bytes
+from edgetune.planner.prefix import entry_bytes, pinned, views_that_fit
 from edgetune.planner.search import plan, replayed, smallest_cap_bytes
 from edgetune.planner.tokens import ceilings, default_token_floor, fit
 from edgetune.planner.values import (
     PLAN_FORMAT_VERSION,
+    CachedPrefix,
+    CacheRequest,
     EmbeddingsChoice,
     MethodSpace,
     Plan,
@@ -21,6 +24,8 @@ from edgetune.planner.values import (
 
 __all__ = [
     "PLAN_FORMAT_VERSION",
+    "CacheRequest",
+    "CachedPrefix",
     "EmbeddingsChoice",
     "MethodSpace",
     "Plan",
@@ -28,12 +33,15 @@ __all__ = [
     "RecomputeChoice",
     "ceilings",
     "default_token_floor",
+    "entry_bytes",
     "fit",
     "format_cap",
     "lightened",
     "parts_of",
+    "pinned",
     "plan",
     "process_bytes",
     "replayed",
     "smallest_cap_bytes",
+    "views_that_fit",
 ]

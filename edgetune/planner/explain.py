@@ -61,7 +61,7 @@ def _prefix_lines(request: PlanRequest, lossy: Lossy, faster: float | None) -> l
     if prefix is None:
         return [f"prefix not cached: {reason}"] if reason else []
     each = entry_bytes(prefix.stored_tokens, prefix.width, prefix.float_bytes) * prefix.views
-    what = "class token" if prefix.pooled else f"{prefix.stored_tokens} tokens"
+    what = "the class token" if prefix.pooled else f"{prefix.stored_tokens} tokens"
     gain = "" if faster is None or faster < 1.05 else f", steps {faster:.1f}x faster once it is there (an estimate)"
     line = f"prefix cached: {what} below block {prefix.blocks}, {format_bytes(each)} an image, "
     lines = [line + f"{format_bytes(prefix.total_bytes)} in all written to disk{gain}"]

@@ -63,7 +63,7 @@ ENTRY_OVERHEAD_BYTES = 24
 
 
 def reads_class_token(shape: ViTShape) -> bool:
-    """Whether the head reads the class token alone: then that is all of an image that a head needs."""
+    """Whether the head reads prefix tokens alone: then they are all of an image that a head needs."""
     return shape.class_token and shape.token_pool
 
 

@@ -63,7 +63,7 @@ class CachedPrefix(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     blocks: int
-    pooled: bool  # the class token alone
+    pooled: bool  # the prefix tokens alone, which are all that a head reads
     patch_tokens: int  # that enter the first block above
     stored_tokens: int  # of an image, prefix tokens included
     width: int

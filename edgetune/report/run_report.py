@@ -81,6 +81,14 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     learning_rate: Annotated[float | None, _is("the highest of the schedule")] = None
     split_block: Annotated[Count | None, _is("blocks below it never train")] = None
     trained_blocks: Annotated[Count | None, _is("blocks that train in a step, at most")] = None
+    cached_blocks: Annotated[Count | None, _is("blocks whose output was read from the prefix cache, 0: none")] = None
+    cache_bytes: Annotated[Count | None, _is("the prefix cache on disk, bytes")] = None
+    cache_written_bytes: Annotated[Count | None, _is("of it, written by this run (wear of flash), bytes")] = None
+    cache_precision: Annotated[str | None, _is("float16 or float32")] = None
+    cache_seconds: Annotated[float | None, _is("making the cache, part of train_seconds")] = None
+    dropped_weights_bytes: Annotated[
+        Count | None, _is("frozen weights that left memory once the cache was whole, bytes")
+    ] = None
     steps: Annotated[Count | None, _is("optimizer steps done")] = None
     epochs: Annotated[float | None, _is("passes over the training images done")] = None
     best_epoch: Annotated[float | None, _is("epochs done when the saved model was taken")] = None

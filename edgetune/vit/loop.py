@@ -108,13 +108,13 @@ def prefix(model: VisionTransformer, images: Tensor, patch_tokens: Sequence[int]
     """Images (B, 3, H, W) -> what the lowest blocks put out, (B, P + N, D), without gradient.
 
     `patch_tokens`: how many enter each of these blocks and, last, how many leave them. `pooled`: of these, only the
-    class token, which is all that a head of `global_pool='token'` reads.
+    prefix tokens, which are all that a head of `global_pool='token'` reads.
     """
     with torch.no_grad():
         tokens = embed(model, images)
         for index, leaving in enumerate(patch_tokens[1:]):
             tokens = run_block(model.blocks[index], tokens, leaving, model.num_prefix_tokens, Recompute.NOTHING)
-        return tokens[:, :1] if pooled else tokens
+        return tokens[:, : model.num_prefix_tokens] if pooled else tokens
 
 
 def forward(

@@ -1,0 +1,269 @@
+"""What the frozen prefix of a run puts out for each image: made once before the first step, read from then on.
+
+`features` keeps it on disk, the planner says whether it pays; here it is made and handed to the loop. An image that is not
+there (a full disk, a limit) is put through the prefix when it is needed: the run is the same, only slower.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from edgetune.backends.base import Array, Images, Labels
+from edgetune.cost import Selection
+from edgetune.data import ImageSet, flip_draw, load_batch, prefetch
+from edgetune.features import FeatureKey, FeaturesOverflow, FeatureStore, entry_id, weights_sha256
+from edgetune.job import Interruption, Job
+from edgetune.planner import CachedPrefix, Plan
+from edgetune.replay import Tightened, tighter_steps, within_memory
+from edgetune.settings import Precision, RunSettings
+
+Places = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class CachedImages:
+    """One set of images: view `v` of image `i` is entry `v * count + i` of the store."""
+
+    store: FeatureStore
+    count: int
+    views: int
+    patch_tokens: tuple[int, ...]  # that enter each block of the prefix, and that leave it
+
+    def places(self, indices: Places, epoch: int) -> Places:
+        return (epoch % self.views) * self.count + indices
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a run reads instead of computing it."""
+
+    prefix: CachedPrefix
+    train: CachedImages
+    val: CachedImages
+    precision: Precision
+
+    @property
+    def is_whole(self) -> bool:
+        return self.train.store.is_whole and self.val.store.is_whole
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*self.train.store.notes, *self.val.store.notes)))
+
+    @property
+    def full(self) -> str | None:
+        """Why not all is kept."""
+        return self.train.store.full or self.val.store.full
+
+    @property
+    def stored_bytes(self) -> int:
+        train, val = self.train.store, self.val.store
+        return train.stored_bytes if train.folder == val.folder else train.stored_bytes + val.stored_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        return self.train.store.written_bytes + self.val.store.written_bytes
+
+    def close(self) -> None:
+        self.train.store.close()
+        self.val.store.close()
+
+
+class Loaded(NamedTuple):
+    """A micro-batch as it was read: images, or features of which some are still to be computed."""
+
+    inputs: Array
+    labels: Labels
+    absent: Places | None = None  # rows of `inputs`
+    images: Images | None = None  # what they are of
+
+
+def view_of(settings: RunSettings, epoch: int) -> int:
+    """The epoch whose augmentation an image gets: with fixed views they come round again."""
+    return epoch % settings.augment_views if settings.augment_views else epoch
+
+
+def load(job: Job, images: ImageSet, indices: Places, epoch: int, *, training: bool) -> Loaded:
+    """The images at `indices`, as the step or the evaluation takes them, as far as they can be had without computing."""
+    read = _reader(job, images, training=training)
+    cached = None if job.features is None else job.features.train if training else job.features.val
+    view = view_of(job.settings, epoch)
+    if cached is None:
+        return Loaded(*read(indices, view))
+    assert job.features is not None
+    prefix = job.features.prefix
+    places = cached.places(indices, view)
+    here = cached.store.present[places]
+    tokens = cached.store.key.stored_tokens
+    inputs = np.empty((len(indices), tokens, prefix.width), np.float32)
+    if here.all():
+        cached.store.read(places, inputs)
+        labels = np.asarray(images.labels, np.int64)[indices]
+        return Loaded(inputs, labels)
+    if here.any():
+        found = np.empty((int(here.sum()), tokens, prefix.width), np.float32)
+        cached.store.read(places[here], found)
+        inputs[here] = found
+    absent = np.flatnonzero(~here)
+    labels = np.asarray(images.labels, np.int64)[indices]
+    return Loaded(inputs, labels, absent, read(indices[absent], view)[0])
+
+
+def completed(job: Job, loaded: Loaded, *, training: bool) -> tuple[Array, Labels]:
+    """The micro-batch with what was absent computed. In the thread that trains: it is the backend that computes."""
+    if loaded.absent is not None:
+        assert job.features is not None
+        assert loaded.images is not None
+        cached = job.features.train if training else job.features.val
+        loaded.inputs[loaded.absent] = job.backend.features(
+            loaded.images, cached.patch_tokens, pooled=job.features.prefix.pooled
+        )
+    return loaded.inputs, loaded.labels
+
+
+def _reader(job: Job, images: ImageSet, *, training: bool) -> Callable[[Places, int], tuple[Images, Labels]]:
+    def read(indices: Places, epoch: int) -> tuple[Images, Labels]:
+        return load_batch(
+            images,
+            indices,
+            job.preprocess,
+            seed=job.settings.seed,
+            epoch=epoch,
+            hflip=job.settings.hflip if training else 0.0,
+            transform=job.transform if training else None,
+            decode_budget_bytes=job.decode_budget_bytes,
+        )
+
+    return read
+
+
+class Place(NamedTuple):
+    """Where a run's features lie and what they are of."""
+
+    folder: Path
+    architecture: str  # name and arguments
+    preprocess: Mapping[str, object]
+    limit_bytes: int | None
+
+
+def open_features(
+    job: Job, place: Place, prefix: CachedPrefix, precision: Precision
+) -> Features:
+    """What there is already of this run's features; damaged parts are said in `notes` and made anew."""
+    settings, backend, all_tokens = job.settings, job.backend, job.shape.patch_tokens
+    depth = job.shape.depth
+    above = backend.trained_names(Selection(tuple(block >= prefix.blocks for block in range(depth)), ()))
+    weights = weights_sha256((name, array) for name, array in backend.model_tensors().items() if name not in above)
+
+    def key(patch_tokens: tuple[int, ...], stored_tokens: int) -> FeatureKey:
+        return FeatureKey(
+            weights_sha256=weights,
+            architecture=place.architecture,
+            split_block=prefix.blocks,
+            tokens=patch_tokens,
+            pooled=prefix.pooled,
+            preprocess=dict(place.preprocess),
+            precision=precision,
+            stored_tokens=stored_tokens,
+            width=prefix.width,
+        )
+
+    below = (all_tokens,) * prefix.blocks
+    train_tokens, val_tokens = (*below, prefix.patch_tokens), (*below, all_tokens)
+    evaluated = prefix.stored_tokens + (0 if prefix.pooled else all_tokens - prefix.patch_tokens)
+    train_ids = [
+        entry_id(content, _variant(settings, view, index))
+        for view in range(prefix.views)
+        for index, content in enumerate(job.train_images.contents)
+    ]
+    limit = place.limit_bytes
+    train = FeatureStore.open(
+        place.folder, key(train_tokens, prefix.stored_tokens), train_ids, limit_bytes=limit
+    )
+    if limit is not None and train.key != key(val_tokens, evaluated):
+        limit = max(0, limit - max(prefix.train_bytes, train.stored_bytes))
+    val_ids = [entry_id(content) for content in job.val_images.contents]
+    val = FeatureStore.open(place.folder, key(val_tokens, evaluated), val_ids, limit_bytes=limit)
+    return Features(
+        prefix=prefix,
+        train=CachedImages(train, len(job.train_images.paths), prefix.views, train_tokens),
+        val=CachedImages(val, len(job.val_images.paths), 1, val_tokens),
+        precision=precision,
+    )
+
+
+def _variant(settings: RunSettings, view: int, index: int) -> str:
+    """What tells the views of one picture apart. Mirroring is told by its outcome: a picture has two of them at most."""
+    if settings.augment:
+        return f"timm {metadata.version('timm')} {settings.seed} {view} {index}"
+    if settings.hflip and flip_draw(settings.seed, view, index) < settings.hflip:
+        return "mirrored"
+    return ""
+
+
+def make(job: Job, features: Features) -> None:
+    """Compute and keep what is missing, as far as there is room. What is there when it is stopped stays.
+
+    Raises: Interruption, NoMemory, FeaturesOverflow.
+    """
+    began = time.monotonic()
+    job.enter_phase("cache")
+    try:
+        for cached, images, training in (
+            (features.train, job.train_images, True),
+            (features.val, job.val_images, False),
+        ):
+            work = partial(_make_part, job, features, cached, images, training=training)
+            within_memory(job, "caching the frozen blocks", work, lambda: None, partial(_lighter, job))
+    finally:
+        job.state.cache_seconds += time.monotonic() - began
+        job.enter_phase("train")
+
+
+def _make_part(job: Job, features: Features, cached: CachedImages, images: ImageSet, *, training: bool) -> None:
+    missing = cached.store.missing()
+    total, done = len(missing), 0
+    read = _reader(job, images, training=training)
+    what = "cache training images" if training else "cache validation images"
+
+    def batches() -> Iterator[tuple[Places, Images]]:
+        for view in range(cached.views):
+            here = missing[missing // cached.count == view]
+            for start in range(0, len(here), job.plan.cache_batch):
+                places = here[start : start + job.plan.cache_batch]
+                yield places, read(places % cached.count, view)[0]
+
+    depth = 0 if job.transform is not None and training else 1
+    try:
+        with closing(prefetch(batches(), depth=depth)) as source:
+            for places, inputs in source:
+                if job.stop.is_set():
+                    raise Interruption
+                found = job.backend.features(inputs, cached.patch_tokens, pooled=features.prefix.pooled)
+                cached.store.add(places, found)
+                done += len(places)
+                job.listener.progress(what, done, total)
+                if cached.store.full is not None:
+                    return
+    finally:
+        cached.store.flush()
+
+
+def _lighter(job: Job, current: Plan) -> Tightened:
+    """A quarter of the images at once."""
+    if current.cache_batch == 1:
+        return tighter_steps(job)(current)
+    size = -(-current.cache_batch // 4)
+    return Tightened(msgspec.structs.replace(current, cache_batch=size), f"in batches of {size}")
+
