@@ -27,7 +27,7 @@ from edgetune.units import KIB, MIB
 
 WARM_STEPS = 5  # left out of the times
 # Which setting is picked: see `conclusion`.
-MOST_TIME = 1.5
+MOST_TIME = 2.0
 SAME_PEAK = 0.01
 
 

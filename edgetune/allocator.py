@@ -8,12 +8,9 @@ from typing import Any
 
 from edgetune.units import KIB, format_bytes
 
-# DeiT-Tiny at 224 px, batch 8, AdamW, torch 2.14, x86: live tensors rise 233 MiB above the warmed-up process in a step.
-# RSS rises 298 with glibc's defaults, 262 with a threshold of 1 MiB, 244 with 256 KiB, 237 with 64 KiB. On one core a
-# step takes 0.62 s of CPU with the defaults and 0.80, 0.83, 0.84 s with these: fresh pages cost a third, and the
-# smallest threshold hardly more than the largest. A small model's tensors lie below 64 KiB once tokens are pruned, and
-# their changing sizes leave holes: the bundled model under ALaST in micro-batches of 4 rises 58 MiB in 60 steps at
-# 64 KiB, 50 at 32 KiB, 49 at 16 KiB.
+# Measured by `benchmarks/allocators.py`, whose table says what each threshold costs: of the default's peak this one
+# leaves 0.78 on DeiT-Tiny at 1.4 times the CPU time, and 0.91 on the bundled model at 1.6 times. A small model's tensors
+# lie below 64 KiB once tokens are pruned, and their changing sizes leave holes where they are not mapped one by one.
 MMAP_THRESHOLD_BYTES = 32 * KIB
 MALLOC_ARENAS = 2
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
