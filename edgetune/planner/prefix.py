@@ -81,9 +81,25 @@ def why_not(request: PlanRequest, lossy: Lossy) -> str | None:
 
 
 def pinned(request: PlanRequest, prefix: CachedPrefix | None) -> PlanRequest:
-    """The request of a run whose cache is there: a later plan stands on the same one."""
+    """The request of a run whose cache is there: a later plan stands on the same one, whole or not."""
     if request.cache is None or prefix is None:
         return msgspec.structs.replace(request, cache=None)
-    return msgspec.structs.replace(
-        request, cache=msgspec.structs.replace(request.cache, blocks=prefix.blocks, asked=True)
-    )
+    limit = None if prefix.whole else 0
+    cache = msgspec.structs.replace(request.cache, blocks=prefix.blocks, limit_bytes=limit, asked=True)
+    return msgspec.structs.replace(request, cache=cache)
+
+
+# Fixed augmented views of an image, where the disk decides.
+MAX_VIEWS = 8
+
+
+def views_that_fit(request: PlanRequest, cache: CacheRequest) -> int:
+    """How many views of each image the limit has room for: at most MAX_VIEWS, and half as many as an image is seen."""
+    shape = request.shape
+    each = entry_bytes(shape.all_tokens, shape.width, cache.float_bytes)
+    seen = cache.steps * request.batch_size // max(1, cache.train_images)
+    most = min(MAX_VIEWS, max(1, seen // 2))
+    if cache.limit_bytes is None:
+        return most
+    room = (cache.limit_bytes - cache.val_images * each) // (cache.train_images * each)
+    return max(1, min(most, room))
