@@ -181,10 +181,10 @@ def measure(model: Any, config: Config, *, with_flops: bool) -> Outcome:
     backend = TorchBackend(model, OptimizerSettings(name=config.optimizer))
     backend.store_half(config.half_blocks)
     if config.cached_blocks:
-        backend.drop_prefix(config.cached_blocks, dict.fromkeys(model.state_dict()))  # nobody will ask for it
+        backend.drop_prefix(config.cached_blocks, dict.fromkeys(model.state_dict(), np.empty(0)))  # nobody will ask for it
     images = config.micro_batch * config.accumulation
 
-    inputs = (config.micro_batch, 3, *shape.image_px)
+    inputs: tuple[int, ...] = (config.micro_batch, 3, *shape.image_px)
     if config.cached_blocks:
         tokens = config.selection.tokens[min(config.cached_blocks, shape.depth - 1)]
         inputs = (config.micro_batch, cost.feature_tokens(shape, tokens, pooled=config.pooled), shape.width)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -22,9 +22,9 @@ import numpy.typing as npt
 from edgetune.backends.base import Array, Images, Labels
 from edgetune.cost import Selection
 from edgetune.data import ImageSet, flip_draw, load_batch, prefetch
-from edgetune.features import FeatureKey, FeaturesOverflow, FeatureStore, entry_id, weights_sha256
+from edgetune.features import FeatureKey, FeatureStore, entry_id, weights_sha256
 from edgetune.job import Interruption, Job
-from edgetune.planner import CachedPrefix, Plan
+from edgetune.planner import CachedPrefix, Plan, entry_bytes
 from edgetune.replay import Tightened, tighter_steps, within_memory
 from edgetune.settings import Precision, RunSettings
 
@@ -50,34 +50,39 @@ class Features:
 
     prefix: CachedPrefix
     train: CachedImages
-    val: CachedImages
+    val: CachedImages  # on all tokens
+    pruned_val: CachedImages | None  # on those that training keeps, where it does not keep all
     precision: Precision
 
     @property
     def is_whole(self) -> bool:
-        return self.train.store.is_whole and self.val.store.is_whole
+        return all(store.is_whole for store in self._stores)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.train.store.notes, *self.val.store.notes)))
+        return tuple(dict.fromkeys(note for store in self._stores for note in store.notes))
 
     @property
     def full(self) -> str | None:
         """Why not all is kept."""
-        return self.train.store.full or self.val.store.full
+        return next((store.full for store in self._stores if store.full), None)
 
     @property
     def stored_bytes(self) -> int:
-        train, val = self.train.store, self.val.store
-        return train.stored_bytes if train.folder == val.folder else train.stored_bytes + val.stored_bytes
+        return sum({store.folder: store.stored_bytes for store in self._stores}.values())
 
     @property
     def written_bytes(self) -> int:
-        return self.train.store.written_bytes + self.val.store.written_bytes
+        return sum(store.written_bytes for store in self._stores)
+
+    @property
+    def _stores(self) -> list[FeatureStore]:
+        parts = (self.train, self.val, self.pruned_val)
+        return [part.store for part in parts if part is not None]
 
     def close(self) -> None:
-        self.train.store.close()
-        self.val.store.close()
+        for store in self._stores:
+            store.close()
 
 
 class Loaded(NamedTuple):
@@ -94,10 +99,22 @@ def view_of(settings: RunSettings, epoch: int) -> int:
     return epoch % settings.augment_views if settings.augment_views else epoch
 
 
-def load(job: Job, images: ImageSet, indices: Places, epoch: int, *, training: bool) -> Loaded:
+Use = Literal["train", "evaluate", "evaluate pruned"]
+
+
+def _part(features: Features, use: Use) -> CachedImages:
+    if use == "train":
+        return features.train
+    if use == "evaluate":
+        return features.val
+    assert features.pruned_val is not None
+    return features.pruned_val
+
+
+def load(job: Job, images: ImageSet, indices: Places, epoch: int, use: Use) -> Loaded:
     """The images at `indices`, as the step or the evaluation takes them, as far as they can be had without computing."""
-    read = _reader(job, images, training=training)
-    cached = None if job.features is None else job.features.train if training else job.features.val
+    read = _reader(job, images, training=use == "train")
+    cached = None if job.features is None else _part(job.features, use)
     view = view_of(job.settings, epoch)
     if cached is None:
         return Loaded(*read(indices, view))
@@ -120,12 +137,12 @@ def load(job: Job, images: ImageSet, indices: Places, epoch: int, *, training: b
     return Loaded(inputs, labels, absent, read(indices[absent], view)[0])
 
 
-def completed(job: Job, loaded: Loaded, *, training: bool) -> tuple[Array, Labels]:
+def completed(job: Job, loaded: Loaded, use: Use) -> tuple[Array, Labels]:
     """The micro-batch with what was absent computed. In the thread that trains: it is the backend that computes."""
     if loaded.absent is not None:
         assert job.features is not None
         assert loaded.images is not None
-        cached = job.features.train if training else job.features.val
+        cached = _part(job.features, use)
         loaded.inputs[loaded.absent] = job.backend.features(
             loaded.images, cached.patch_tokens, pooled=job.features.prefix.pooled
         )
@@ -157,9 +174,7 @@ class Place(NamedTuple):
     limit_bytes: int | None
 
 
-def open_features(
-    job: Job, place: Place, prefix: CachedPrefix, precision: Precision
-) -> Features:
+def open_features(job: Job, place: Place, prefix: CachedPrefix, precision: Precision) -> Features:
     """What there is already of this run's features; damaged parts are said in `notes` and made anew."""
     settings, backend, all_tokens = job.settings, job.backend, job.shape.patch_tokens
     depth = job.shape.depth
@@ -181,6 +196,7 @@ def open_features(
 
     below = (all_tokens,) * prefix.blocks
     train_tokens, val_tokens = (*below, prefix.patch_tokens), (*below, all_tokens)
+    pruned = not prefix.pooled and prefix.patch_tokens < all_tokens
     evaluated = prefix.stored_tokens + (0 if prefix.pooled else all_tokens - prefix.patch_tokens)
     train_ids = [
         entry_id(content, _variant(settings, view, index))
@@ -188,17 +204,19 @@ def open_features(
         for index, content in enumerate(job.train_images.contents)
     ]
     limit = place.limit_bytes
-    train = FeatureStore.open(
-        place.folder, key(train_tokens, prefix.stored_tokens), train_ids, limit_bytes=limit
-    )
-    if limit is not None and train.key != key(val_tokens, evaluated):
-        limit = max(0, limit - max(prefix.train_bytes, train.stored_bytes))
+    train = FeatureStore.open(place.folder, key(train_tokens, prefix.stored_tokens), train_ids, limit_bytes=limit)
     val_ids = [entry_id(content) for content in job.val_images.contents]
+    pruned_val = None
+    if pruned:
+        pruned_val = FeatureStore.open(place.folder, train.key, val_ids, limit_bytes=limit)
+        each = entry_bytes(prefix.stored_tokens, prefix.width, prefix.float_bytes)
+        limit = None if limit is None else max(0, limit - prefix.train_bytes - len(val_ids) * each)
     val = FeatureStore.open(place.folder, key(val_tokens, evaluated), val_ids, limit_bytes=limit)
     return Features(
         prefix=prefix,
         train=CachedImages(train, len(job.train_images.paths), prefix.views, train_tokens),
-        val=CachedImages(val, len(job.val_images.paths), 1, val_tokens),
+        val=CachedImages(val, len(val_ids), 1, val_tokens),
+        pruned_val=None if pruned_val is None else CachedImages(pruned_val, len(val_ids), 1, train_tokens),
         precision=precision,
     )
 
@@ -222,8 +240,11 @@ def make(job: Job, features: Features) -> None:
     try:
         for cached, images, training in (
             (features.train, job.train_images, True),
+            (features.pruned_val, job.val_images, False),
             (features.val, job.val_images, False),
         ):
+            if cached is None:
+                continue
             work = partial(_make_part, job, features, cached, images, training=training)
             within_memory(job, "caching the frozen blocks", work, lambda: None, partial(_lighter, job))
     finally:
@@ -266,4 +287,3 @@ def _lighter(job: Job, current: Plan) -> Tightened:
         return tighter_steps(job)(current)
     size = -(-current.cache_batch // 4)
     return Tightened(msgspec.structs.replace(current, cache_batch=size), f"in batches of {size}")
-

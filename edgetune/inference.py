@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgetune import system
+from edgetune.cost import Selection
 from edgetune.data import (
     DataFolder,
     Preprocess,
@@ -22,10 +23,10 @@ from edgetune.data import (
     prefetch,
 )
 from edgetune.data.images import shown
-from edgetune.errors import BackendUnavailable, DataError, EdgetuneError
+from edgetune.errors import BackendUnavailable, DataError, EdgetuneError, RunFolderError
 from edgetune.report import Tally
 from edgetune.settings import StoredRun
-from edgetune.store import MODEL_FILE, images_sha256, read_stored
+from edgetune.store import MODEL_FILE, images_sha256, read_evaluation_tokens, read_stored
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,22 @@ def load_run(folder: Path, *, threads: int | None = None) -> LoadedRun:
     try:
         import torch
 
+        from edgetune.vit.loop import forward
         from edgetune.vit.models import load_saved
     except ImportError as error:
         raise BackendUnavailable(f"this needs torch and timm ({error}): pip install 'edgetune[torch]'") from error
     torch.set_num_threads(threads or system.usable_cores())
     model = load_saved(folder, folder / MODEL_FILE, classes=len(stored.classes))
+    tokens = read_evaluation_tokens(folder)
+    if tokens is not None and (len(tokens) != len(model.blocks) or tokens[0] != model.patch_embed.num_patches):
+        raise RunFolderError(f"{folder}/config.json is damaged: it names tokens of another model.")
 
     def logits(inputs: Any) -> Any:
         with torch.inference_mode():
-            return model(torch.from_numpy(inputs)).numpy()
+            if tokens is None:
+                return model(torch.from_numpy(inputs)).numpy()
+            selection = Selection((False,) * len(tokens), tokens)
+            return forward(model, torch.from_numpy(inputs), selection)[0].numpy()
 
     return LoadedRun(folder, stored.classes, stored.preprocess, stored, logits)
 

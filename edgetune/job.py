@@ -67,6 +67,7 @@ class TrainingState(msgspec.Struct):
     tightenings: tuple[str, ...] = ()
     cache_seconds: float = 0.0
     cache_written_bytes: int = 0
+    evaluation_tokens: tuple[int, ...] | None = None  # that serve the best epoch's model best; None: all
     dropped_bytes: int = 0  # of weights, once the cache was whole
 
 
@@ -118,7 +119,7 @@ class Job:
     learning_rate: float
     listener: Listener
     checkpoint: Callable[[TrainingState], None]
-    keep_best: Callable[[], None]
+    keep_best: Callable[[tuple[int, ...] | None], None]  # with the tokens that it is best evaluated on
     memory_bytes: Callable[[], int]  # the judged peak: of the device where one is simulated, else of this process
     enter_phase: Callable[[str], None]
     # What `replay.py` asks: a sentence if too little memory is left for a step under this plan; whether an error says

@@ -81,9 +81,7 @@ def check_model(method: Method, shape: ViTShape, obstacle: str | None, *, split_
     works.
     """
     if split_tokens is not None and obstacle is not None:
-        raise UnsupportedModel(
-            f"--split-tokens: no tokens can be dropped in {shape.name}: {obstacle}. Leave it out."
-        )
+        raise UnsupportedModel(f"--split-tokens: no tokens can be dropped in {shape.name}: {obstacle}. Leave it out.")
     if method.prunes_tokens and obstacle is not None:
         raise UnsupportedModel(
             f"ALaST can't train {shape.name}: {obstacle}. "

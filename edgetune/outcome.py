@@ -87,6 +87,11 @@ def make_report(outcome: Outcome) -> RunReport:
         train_images=len(data.train.paths),
         val_images=len(data.val.paths),
         bad_images=data.bad,
+        evaluation_tokens=None
+        if best is None
+        else state.evaluation_tokens[-1]
+        if state.evaluation_tokens
+        else plan.token_ceiling[0],
         val_accuracy=best.accuracy if best else None,
         val_accuracy_before=state.before.accuracy if state.before else None,
         val_balanced_accuracy=best.balanced_accuracy if best else None,

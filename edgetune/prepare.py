@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Of what is left for training, the share that decoding one image may take at the most.
 DECODE_SHARE = 1 / 3
 LEAST_DECODE_BYTES = 8 * MIB
+# Passes over the images from which on it pays to look for the split.
+LEAST_PASSES = 3
 # Of what is free on the disk, the share that a cache may take.
 FREE_DISK_SHARE = 0.9
 CACHE_FOLDER = "cache"
@@ -140,8 +142,8 @@ def prepare(
         notes.append(f"warning: {what} stay frozen at random weights; --method full trains everything")
     for note in notes:
         listener.note(note)
-    for line in plan.explanation:
-        listener.note(f"plan: {line}")
+    if not looks(settings, request, replay=stored_plan is not None):
+        tell_plan(plan, listener)
     return Setup(
         settings=settings,
         judge=judge,
@@ -152,6 +154,27 @@ def prepare(
         request=request,
         decode_budget_bytes=decode_budget,
         notes=tuple(notes),
+    )
+
+
+def tell_plan(plan: Plan, listener: Listener) -> None:
+    for line in plan.explanation:
+        listener.note(f"plan: {line}")
+
+
+def looks(settings: RunSettings, request: PlanRequest, *, replay: bool) -> bool:
+    """Whether the split is found by looking at the images: where a pretrained model has something to freeze, nobody named
+    what, and images are seen often enough for it to pay.
+    """
+    named = (settings.split_block, settings.trained_blocks)
+    seen = 0 if request.cache is None else request.cache.steps * request.batch_size / request.cache.train_images
+    return (
+        not replay
+        and settings.split == "auto"
+        and named == (None, None)
+        and settings.pretrained
+        and len(request.space.splits) > 1
+        and seen >= LEAST_PASSES
     )
 
 
@@ -180,9 +203,7 @@ def with_cache(
         views = views_that_fit(request, cache)
         settings = msgspec.structs.replace(settings, augment_views=views)
     cache = msgspec.structs.replace(cache, views=settings.augment_views or 1)
-    return settings, msgspec.structs.replace(
-        request, cache=None if refusal else cache, no_cache_because=refusal
-    )
+    return settings, msgspec.structs.replace(request, cache=None if refusal else cache, no_cache_because=refusal)
 
 
 def room_on_disk(folder: Path) -> int:

@@ -10,6 +10,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,10 +22,11 @@ from edgetune.errors import RunFolderError
 from edgetune.guard import Guard, guarded, memory_ends
 from edgetune.job import Listener
 from edgetune.memory import MemoryMeter
-from edgetune.prepare import Setup, build, prepare, settings_of_plan, some, warm_up
+from edgetune.prepare import Setup, build, looks, prepare, settings_of_plan, some, warm_up
 from edgetune.report import RunReport, read_report
 from edgetune.session import Session, train_and_report
 from edgetune.settings import RunSettings, StoredRun
+from edgetune.splits import decide
 from edgetune.store import (
     PLAN_FILE,
     REPORT_FILE,
@@ -36,6 +38,9 @@ from edgetune.store import (
     trainable_space,
     write_start,
 )
+
+if TYPE_CHECKING:
+    from edgetune.vit.models import LoadedModel
 
 
 def finetune(
@@ -60,10 +65,22 @@ def finetune(
         try:
             with memory_ends("before the model was loaded"):
                 judge = warm_up(settings, profile, meter)
-                setup = prepare(settings, judge, profile, meter, listener, stored_plan, replay=stored_plan is not None, run_folder=path)
+                setup = prepare(
+                    settings,
+                    judge,
+                    profile,
+                    meter,
+                    listener,
+                    stored_plan,
+                    replay=stored_plan is not None,
+                    run_folder=path,
+                )
             guard = stack.enter_context(guarded(settings.enforce, judge, meter))
             with meter.phase("load"), memory_ends("loading the model", guard):
-                stored, backend, standing = _load_new(setup, path, meter)
+                loaded, backend = build(setup, meter, pretrained=settings.pretrained)
+                if looks(setup.settings, setup.request, replay=stored_plan is not None):
+                    setup = decide(setup, backend, listener)
+                stored, standing = _write_start(setup, path, loaded, backend)
             if setup.plan.prefix is None:
                 _reserve(backend, setup, guard)
         except BaseException:
@@ -88,7 +105,9 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
         stack.enter_context(system.pinned_cores(profile.cores))
         with memory_ends("before the model was loaded"):
             judge = warm_up(settings, profile, meter)
-            setup = prepare(settings, judge, profile, meter, listener, read_plan(path / PLAN_FILE), replay=False, run_folder=path)
+            setup = prepare(
+                settings, judge, profile, meter, listener, read_plan(path / PLAN_FILE), replay=False, run_folder=path
+            )
         _check_data(path, stored, setup)
         guard = stack.enter_context(guarded(settings.enforce, judge, meter))
         with meter.phase("load"), memory_ends("loading the run", guard):
@@ -125,11 +144,10 @@ def _check_data(path: Path, stored: StoredRun, setup: Setup) -> None:
         )
 
 
-def _load_new(setup: Setup, path: Path, meter: MemoryMeter) -> tuple[StoredRun, Backend, Standing]:
-    """The model as the run starts with it, and all of the run folder that does not change."""
+def _write_start(setup: Setup, path: Path, loaded: LoadedModel, backend: Backend) -> tuple[StoredRun, Standing]:
+    """All of the run folder that does not change, from the model as the run starts with it."""
     from edgetune.vit.models import timm_config
 
-    loaded, backend = build(setup, meter, pretrained=setup.settings.pretrained)
     stored = StoredRun(
         settings=setup.settings,
         classes=setup.data.classes,
@@ -140,7 +158,7 @@ def _load_new(setup: Setup, path: Path, meter: MemoryMeter) -> tuple[StoredRun, 
         architecture=loaded.architecture,
         model_args=loaded.model_args,
     )
-    return stored, backend, write_start(path, stored, setup.plan, timm_config(loaded, setup.data.classes), backend)
+    return stored, write_start(path, stored, setup.plan, timm_config(loaded, setup.data.classes), backend)
 
 
 def _reserve(backend: Backend, setup: Setup, guard: Guard) -> None:

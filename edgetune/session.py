@@ -77,9 +77,9 @@ class Session:
             self.standing.write_checkpoint(state)
         self.saved_step = state.step
 
-    def save_model(self) -> None:
+    def save_model(self, evaluation_tokens: tuple[int, ...] | None = None) -> None:
         with self.guard.meter.phase("save"):
-            write_model(self.path, self.backend)
+            write_model(self.path, self.backend, evaluation_tokens)
 
     def follow(self, plan: Plan, job: Job) -> None:
         """From now on this plan holds, also for the run that is resumed if the next thing to happen is a kill."""

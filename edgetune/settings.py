@@ -15,6 +15,7 @@ from edgetune.optim import OptimizerName
 from edgetune.planner import EmbeddingsChoice, RecomputeChoice
 
 Augment = Literal["none", "timm"]
+SplitChoice = Literal["auto", "lowest"]
 Precision = Literal["float16", "float32"]
 
 
@@ -41,6 +42,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     label_smoothing: float = 0.0
     trained_blocks: int | None = None
     split_block: int | None = None
+    split: SplitChoice = "auto"  # where no block is named
     token_floor: float | None = None
     token_ceiling: float | None = None
     split_tokens: float | None = None
@@ -125,7 +127,9 @@ def check(settings: RunSettings) -> None:
             f"--optimizer-state evict: --method {settings.method} trains the same blocks in every step, so no state is left behind."
         )
     if settings.split_tokens is not None and settings.method in ("full", "head"):
-        raise UsageError(f"--split-tokens: --method {settings.method} has no split to drop tokens at. Try last-k or alast.")
+        raise UsageError(
+            f"--split-tokens: --method {settings.method} has no split to drop tokens at. Try last-k or alast."
+        )
     if settings.prefix_cache is False and settings.cache_dir is not None:
         raise UsageError("--cache and --no-cache contradict each other: leave one of them out.")
     if settings.augment_views is not None and not (settings.augment or settings.hflip):

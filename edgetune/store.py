@@ -16,7 +16,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -40,6 +40,7 @@ from edgetune.planner import PLAN_FORMAT_VERSION, Plan
 from edgetune.report import MetricsLog, Scores
 from edgetune.settings import StoredRun, check
 
+TOKENS_KEY = "edgetune_evaluation_tokens"
 RUN_FILE, PLAN_FILE, REPORT_FILE = "run.json", "plan.json", "report.json"
 MODEL_FILE, CONFIG_FILE, LABELS_FILE, METRICS_FILE = "model.safetensors", "config.json", "labels.txt", "metrics.csv"
 # A parameter's values and its optimizer state lie in one file; timm's names hold no such character.
@@ -63,9 +64,27 @@ def write_start(
     return Standing(TrainingState(), write, (), base_sha256)
 
 
-def write_model(folder: Path, backend: Backend) -> None:
-    """model.safetensors as plain timm loads it."""
+def write_model(folder: Path, backend: Backend, evaluation_tokens: tuple[int, ...] | None = None) -> None:
+    """model.safetensors as plain timm loads it, and in config.json the tokens that serve it best where not all do.
+
+    timm, which passes over what it does not know, evaluates on all.
+    """
+    config = read_json(folder / CONFIG_FILE, dict[str, Any])
+    if config.get(TOKENS_KEY) != (None if evaluation_tokens is None else list(evaluation_tokens)):
+        config.pop(TOKENS_KEY, None)
+        write_json(
+            folder / CONFIG_FILE, config if evaluation_tokens is None else config | {TOKENS_KEY: evaluation_tokens}
+        )
     save_tensors(folder / MODEL_FILE, backend.model_tensors(), {"format": "pt"})
+
+
+def read_evaluation_tokens(folder: Path) -> tuple[int, ...] | None:
+    """How many patch tokens each block sees where the saved model is used; None: all."""
+    found = read_json(folder / CONFIG_FILE, dict[str, Any]).get(TOKENS_KEY)
+    try:
+        return None if found is None else msgspec.convert(found, tuple[Annotated[int, msgspec.Meta(ge=1)], ...])
+    except msgspec.ValidationError as error:
+        raise RunFolderError(f"{folder / CONFIG_FILE} is damaged: {TOKENS_KEY}: {error}.") from error
 
 
 def checkpoint_writer(

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from edgetune import alast, cost
 from edgetune.backends.base import Array, Labels, StepResult
-from edgetune.caching import Loaded, completed, load
+from edgetune.caching import Loaded, Use, completed, load
 from edgetune.data import ImageSet, epoch_order, prefetch
 from edgetune.job import Diverged, Interruption, Job, OverCap, StepEvent
 from edgetune.methods import proposer
@@ -156,13 +156,20 @@ def _evaluate_and_keep(job: Job, source: _Source) -> None:
     epoch = state.step / job.steps_per_epoch
     try:
         scores = evaluate(job, job.val_images, source.close)
+        pruned = None
+        if pruned_tokens(job.plan) is not None:
+            # Which tokens serve a model best that was trained on some is for the validation images to say.
+            as_trained = evaluate(job, job.val_images, source.close, "evaluate pruned")
+            if _better(as_trained, scores, balanced=job.settings.balanced_class_weights):
+                scores, pruned = as_trained, pruned_tokens(job.plan)
     except Interruption:
         job.checkpoint(state)
         raise
     better = state.best is None or _better(scores, state.best, balanced=job.settings.balanced_class_weights)
     if better:
         # The model first: a checkpoint that calls an epoch the best must find its weights.
-        job.keep_best()
+        job.keep_best(pruned)
+        state.evaluation_tokens = pruned
         state.best, state.best_epoch = scores, epoch
     state.evaluated_step = state.step
     job.listener.evaluated(state.step, epoch, scores, better)
@@ -178,8 +185,18 @@ def _better(scores: Scores, best: Scores, *, balanced: bool) -> bool:
     return is_better(new, old)
 
 
-def evaluate(job: Job, images: ImageSet, give_back: Callable[[], None] = lambda: None) -> Scores:
-    """Accuracy and loss on all tokens. Raises: Interruption between batches, if a stop was asked for; NoMemory.
+def pruned_tokens(plan: Plan) -> tuple[int, ...] | None:
+    """The tokens that each block sees where they are dropped at the split and nowhere else; None if none are there."""
+    all_tokens, depth = plan.token_ceiling[0], len(plan.token_ceiling)
+    if plan.split_block >= depth or plan.token_ceiling[plan.split_block] == all_tokens:
+        return None
+    first = next(block for block, tokens in enumerate(plan.token_ceiling) if tokens < all_tokens)
+    return (all_tokens,) * first + (plan.token_ceiling[first],) * (depth - first)
+
+
+def evaluate(job: Job, images: ImageSet, give_back: Callable[[], None] = lambda: None, use: Use = "evaluate") -> Scores:
+    """Accuracy and loss on all tokens, or as trained. Raises: Interruption between batches, if a stop was asked for;
+    NoMemory.
 
     `give_back` lets go of what waits to be trained on, where memory runs out.
     """
@@ -187,7 +204,7 @@ def evaluate(job: Job, images: ImageSet, give_back: Callable[[], None] = lambda:
     job.enter_phase("evaluate")
     what = f"evaluation after step {job.state.step}"
     lighter = partial(_lighter_evaluation, job, len(images.paths))
-    scores = within_memory(job, what, lambda: _evaluate(job, images), give_back, lighter)
+    scores = within_memory(job, what, lambda: _evaluate(job, images, use), give_back, lighter)
     job.enter_phase("train")
     job.state.eval_seconds += time.monotonic() - began
     return scores
@@ -202,21 +219,22 @@ def _lighter_evaluation(job: Job, images: int, current: Plan) -> Tightened:
     return Tightened(msgspec.structs.replace(current, evaluation_batch=size), f"in batches of {size}")
 
 
-def _evaluate(job: Job, images: ImageSet) -> Scores:
+def _evaluate(job: Job, images: ImageSet, use: Use) -> Scores:
+    tokens = pruned_tokens(job.plan) if use == "evaluate pruned" else None
     tally = Tally(job.classes)
     size = job.plan.evaluation_batch
     total = len(images.paths)
 
     def batches() -> Iterator[Loaded]:
         for start in range(0, total, size):
-            yield load(job, images, np.arange(start, min(start + size, total)), epoch=0, training=False)
+            yield load(job, images, np.arange(start, min(start + size, total)), 0, use)
 
     with closing(prefetch(batches())) as source:
         for number, loaded in enumerate(source):
             if job.stop.is_set():
                 raise Interruption
-            inputs, labels = completed(job, loaded, training=False)
-            tally.add(job.backend.evaluate(inputs, _cached_blocks(job)), labels)
+            inputs, labels = completed(job, loaded, use)
+            tally.add(job.backend.evaluate(inputs, _cached_blocks(job), tokens), labels)
             job.listener.progress("evaluate", min((number + 1) * size, total), total)
     return tally.scores()
 
@@ -261,7 +279,7 @@ class _Source:
             self._parts = _parts(self._job)
         for part in self._parts:
             if part.step == step:
-                yield completed(self._job, part.loaded, training=True)
+                yield completed(self._job, part.loaded, "train")
                 if part.is_last:
                     return
 
@@ -280,7 +298,7 @@ def _parts(job: Job) -> Generator[_Part, None, None]:
             indices = _step_indices(job, step)
             for start in range(0, len(indices), size):
                 epoch, part = step // job.steps_per_epoch, indices[start : start + size]
-                loaded = load(job, job.train_images, part, epoch, training=True)
+                loaded = load(job, job.train_images, part, epoch, "train")
                 yield _Part(step, start + size >= len(indices), loaded)
 
     # timm's augmentation draws from global generators, so it must run between steps, in this thread.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,7 @@ class FakeBackend:
         with_deltas: bool,
         updates_in_backward: bool = False,
         keeps_state: bool = True,
+        cached_blocks: int = 0,
     ) -> StepResult:
         gradient, loss, correct, sizes = np.zeros_like(self.weight), 0.0, 0, []
         planned, seen = self.raises.get(self._steps), []
@@ -94,12 +95,24 @@ class FakeBackend:
         )
         return StepResult(loss=loss / weight_sum, correct=correct, images=images, class_token_deltas=deltas)
 
-    def evaluate(self, inputs: Images) -> Array:
+    def evaluate(self, inputs: Images, cached_blocks: int = 0, patch_tokens: tuple[int, ...] | None = None) -> Array:
         error = self.evaluation_raises.pop(0) if self.evaluation_raises else None
         if error is not None:
             raise error
         self.evaluated.append(len(inputs))
         return inputs.reshape(len(inputs), -1) @ self.weight
+
+    def features(self, inputs: Images, patch_tokens: Sequence[int], *, pooled: bool) -> Array:
+        raise NotImplementedError
+
+    def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
+        raise NotImplementedError
+
+    def drop_prefix(self, blocks: int, stored: Mapping[str, Array]) -> int:
+        raise NotImplementedError
+
+    def bring_back_prefix(self) -> None:
+        raise NotImplementedError
 
     def model_tensors(self) -> Mapping[str, Array]:
         return {"head.weight": self.weight}

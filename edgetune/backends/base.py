@@ -60,10 +60,16 @@ class Backend(Protocol):
         """
         ...
 
-    def evaluate(self, inputs: Images, cached_blocks: int = 0) -> Array:
-        """Logits (B, classes) on all tokens, in eval mode; nothing of the training state changes.
+    def evaluate(self, inputs: Images, cached_blocks: int = 0, patch_tokens: tuple[int, ...] | None = None) -> Array:
+        """Logits (B, classes) in eval mode; nothing of the training state changes.
 
-        `cached_blocks` as for `step`.
+        `cached_blocks` as for `step`; `patch_tokens`: how many each block sees, by default all.
+        """
+        ...
+
+    def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
+        """For each way, (patch tokens that enter each block, blocks): what so many blocks make of images, as float32
+        (B, 2 D), class token and mean patch token.
         """
         ...
 

@@ -18,7 +18,7 @@ from edgetune.cost import Recompute, Selection, all_tokens_kept
 from edgetune.errors import UnsupportedModel
 from edgetune.optim import Optimizer, OptimizerSettings, state_shapes
 from edgetune.vit.half import store_half
-from edgetune.vit.loop import apply_selection, forward, prefix, region_of, shape_of, trains
+from edgetune.vit.loop import apply_selection, forward, prefix, region_of, shape_of, summaries, trains
 
 
 class TorchBackend:
@@ -150,12 +150,13 @@ class TorchBackend:
                     )
             self._selected = wanted
 
-    def evaluate(self, inputs: Images, cached_blocks: int = 0) -> Array:
+    def evaluate(self, inputs: Images, cached_blocks: int = 0, patch_tokens: tuple[int, ...] | None = None) -> Array:
+        selection = self._frozen if patch_tokens is None else Selection(self._frozen.trains, patch_tokens)
         if self._selected is not None or self.model.training:
             self._selected = None
             self.model.eval()
         with torch.inference_mode():
-            logits, _ = forward(self.model, torch.from_numpy(inputs), self._frozen, cached_blocks=cached_blocks)
+            logits, _ = forward(self.model, torch.from_numpy(inputs), selection, cached_blocks=cached_blocks)
             result: Array = logits.numpy().copy()
         return result
 
@@ -165,6 +166,12 @@ class TorchBackend:
         with torch.inference_mode():
             found: Array = prefix(self.model, torch.from_numpy(inputs), patch_tokens, pooled=pooled).numpy()
         return found
+
+    def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
+        self._selected = None
+        self.model.eval()
+        with torch.inference_mode():
+            return [found.numpy() for found in summaries(self.model, torch.from_numpy(inputs), ways)]
 
     def drop_prefix(self, blocks: int, stored: Mapping[str, Array]) -> int:
         dropped = 0

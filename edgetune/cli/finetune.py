@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgetune.cli.options import (
+    SPLIT_CHOICES,
     CachePrecision,
     Embeddings,
     Enforce,
@@ -49,7 +50,7 @@ FLAGS = {
 }
 # What a plan has settled: asking for something else beside --plan would be ignored.
 OF_THE_PLAN = {
-    "method", "batch_size", "accumulation", "optimizer", "trained_blocks", "split_block", "token_floor", "threads", "split_tokens",
+    "method", "batch_size", "accumulation", "optimizer", "trained_blocks", "split_block", "split", "token_floor", "threads", "split_tokens",
     "token_ceiling", "embeddings", "recompute", "updates_in_backward", "keeps_state", "half_frozen",
 }  # fmt: skip
 MODEL, DATA, METHOD, TRAIN, MEMORY, OUTPUT = "Model", "Data", "Method", "Training", "Memory", "Run folder and output"
@@ -179,7 +180,7 @@ def finetune(
         str | None,
         _option(
             "--split",
-            help="Block below which nothing ever trains, or `auto` (default): the lowest that fits.",
+            help="Block below which nothing ever trains; `auto` (default): the deepest below which a quick look at the images finds nothing that has to change, `lowest`: the lowest that fits.",
             panel=METHOD,
         ),
     ] = None,
@@ -426,6 +427,7 @@ def finetune(
         "label_smoothing": smoothing,
         "trained_blocks": trained_blocks,
         "split_block": parse_split(split),
+        "split": split if split in SPLIT_CHOICES else None,
         "augment_views": parse_views(augment_views),
         "prefix_cache": False if no_cache else None if cache is None else True,
         "cache_dir": None if cache is None else _absolute(str(cache)),

@@ -86,11 +86,15 @@ def plan_settings(
 
 
 def parse_split(text: str | None) -> int | None:
-    if text is None or text == "auto":
+    """The block that was named; None for `auto` and `lowest`."""
+    if text is None or text in SPLIT_CHOICES:
         return None
     if not text.isascii() or not text.isdigit():
-        raise UsageError(f"--split takes `auto` or a block's number, not {text!r}.")
+        raise UsageError(f"--split takes `auto`, `lowest` or a block's number, not {text!r}.")
     return int(text)
+
+
+SPLIT_CHOICES = ("auto", "lowest")
 
 
 def parse_views(text: str | None) -> int | None:

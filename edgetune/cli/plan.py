@@ -60,7 +60,10 @@ def plan(
     trained_blocks: Annotated[
         int | None, typer.Option("--trained-blocks", help="K: blocks that train in a step.", show_default=False)
     ] = None,
-    split: Annotated[str | None, typer.Option("--split", help="`auto` or a block.", show_default=False)] = None,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", help="A block, or `lowest` (default): the lowest that fits.", show_default=False),
+    ] = None,
     token_floor: Annotated[
         float | None, typer.Option("--token-floor", help="Least share of tokens a block passes on.", show_default=False)
     ] = None,

@@ -10,7 +10,7 @@ from edgetune.planner.lighter import lightened
 from edgetune.planner.phases import parts_of, process_bytes
 from edgetune.planner.prefix import entry_bytes, pinned, views_that_fit
 from edgetune.planner.search import plan, replayed, smallest_cap_bytes
-from edgetune.planner.tokens import ceilings, default_token_floor, fit
+from edgetune.planner.tokens import ceilings, default_token_floor, fit, rounded_up
 from edgetune.planner.values import (
     PLAN_FORMAT_VERSION,
     CachedPrefix,
@@ -42,6 +42,7 @@ __all__ = [
     "plan",
     "process_bytes",
     "replayed",
+    "rounded_up",
     "smallest_cap_bytes",
     "views_that_fit",
 ]

@@ -26,7 +26,7 @@ from edgetune.units import MIB
 
 # What reading the cache takes beside the batch, and writing it: the buffers of `features`.
 READ_BYTES = MIB
-WRITE_BYTES = 20 * MIB
+WRITE_BYTES = 10 * MIB
 
 
 def process_bytes(runtime_bytes: int, live_bytes: int, *, head_alone: bool = False) -> int:

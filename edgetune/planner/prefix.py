@@ -34,6 +34,8 @@ def cached_prefix(request: PlanRequest, lossy: Lossy) -> CachedPrefix | None:
     evaluated = feature_tokens(shape, shape.patch_tokens, pooled=pooled)
     train = cache.train_images * cache.views * entry_bytes(stored, shape.width, cache.float_bytes)
     val = cache.val_images * entry_bytes(evaluated, shape.width, cache.float_bytes)
+    if stored < evaluated:  # evaluated on all tokens, and as trained
+        val += cache.val_images * entry_bytes(stored, shape.width, cache.float_bytes)
     return CachedPrefix(
         blocks=blocks,
         pooled=pooled,

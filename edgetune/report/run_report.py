@@ -68,6 +68,9 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     train_images: Annotated[Count | None, _is("images trained on")] = None
     val_images: Annotated[Count | None, _is("images evaluated on")] = None
     bad_images: Annotated[tuple[BadImage, ...], _is("images skipped; paths are relative to the data folder")] = ()
+    evaluation_tokens: Annotated[
+        Count | None, _is("patch tokens of the last block with which the saved model is best, and evaluated")
+    ] = None
     val_accuracy: Annotated[float | None, _is("of the saved model (the best epoch), share")] = None
     val_accuracy_before: Annotated[float | None, _is("before the first step, share")] = None
     val_balanced_accuracy: Annotated[float | None, _is("mean of val_recall over the classes with images, share")] = None

@@ -117,6 +117,39 @@ def prefix(model: VisionTransformer, images: Tensor, patch_tokens: Sequence[int]
         return tokens[:, : model.num_prefix_tokens] if pooled else tokens
 
 
+def summaries(model: VisionTransformer, images: Tensor, ways: Sequence[tuple[Sequence[int], int]]) -> list[Tensor]:
+    """What the lowest blocks put out in each of several ways, (B, 2 D): the class token (or nothing) and the mean of the
+    patch tokens.
+
+    A way is (patch tokens that enter each block, blocks) as `prefix` takes them. What two ways have in common is
+    computed once.
+    """
+    with torch.no_grad():
+        made: dict[tuple[int, ...], Tensor] = {(model.patch_embed.num_patches,): embed(model, images)}
+        found = []
+        for number, (counts, blocks) in enumerate(ways):
+            wanted = tuple(counts[: blocks + 1])
+            later = {_common(wanted, tuple(other[: deep + 1])) for other, deep in ways[number + 1 :]}
+            done = max(length for length in range(1, len(wanted) + 1) if wanted[:length] in made)
+            tokens = made[wanted[:done]]
+            for index in range(done - 1, blocks):
+                leaving = wanted[index + 1]
+                tokens = run_block(model.blocks[index], tokens, leaving, model.num_prefix_tokens, Recompute.NOTHING)
+                if index + 2 in later:
+                    made[wanted[: index + 2]] = tokens
+            patches = tokens[:, model.num_prefix_tokens :].mean(dim=1)
+            found.append(torch.cat((tokens[:, 0], patches), dim=1) if model.num_prefix_tokens else patches)
+        return found
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """How many counts two ways have in common from the start."""
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    return length
+
+
 def forward(
     model: VisionTransformer,
     inputs: Tensor,

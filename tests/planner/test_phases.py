@@ -60,7 +60,9 @@ def test_no_phase_passes_the_cap_and_the_peak_is_the_largest(request: PlanReques
     if chosen.prefix is not None:
         prefix = chosen.prefix
         features = chosen.micro_batch * prefix.stored_tokens * prefix.width * FLOAT_BYTES
-        waiting = PREFETCHED_BATCHES * features + READ_BYTES if prefix.whole else waiting + PREFETCHED_BATCHES * features
+        waiting = (
+            PREFETCHED_BATCHES * features + READ_BYTES if prefix.whole else waiting + PREFETCHED_BATCHES * features
+        )
     assert chosen.predicted_phase_bytes["train"] == process_bytes(
         RUNTIME, chosen.predicted.peak_bytes + waiting, head_alone=trains_head_alone(request.space)
     )
@@ -124,7 +126,9 @@ def test_the_parts_cover_the_peak_of_training(request: PlanRequest, share: float
     if chosen.prefix is not None:
         prefix = chosen.prefix
         features = chosen.micro_batch * prefix.stored_tokens * prefix.width * FLOAT_BYTES
-        waiting = PREFETCHED_BATCHES * features + READ_BYTES if prefix.whole else waiting + PREFETCHED_BATCHES * features
+        waiting = (
+            PREFETCHED_BATCHES * features + READ_BYTES if prefix.whole else waiting + PREFETCHED_BATCHES * features
+        )
     assert parts["inputs"] - chosen.predicted.inputs_bytes == pytest.approx(waiting, abs=1)
     assert parts["margin"] == pytest.approx(
         PROCESS_BYTES

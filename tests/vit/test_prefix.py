@@ -36,7 +36,9 @@ def _gradients(model: VisionTransformer) -> dict[str, Tensor]:
     return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 
-def _step(model: VisionTransformer, inputs: Tensor, selection: Selection, cached_blocks: int) -> tuple[float, dict[str, Tensor]]:
+def _step(
+    model: VisionTransformer, inputs: Tensor, selection: Selection, cached_blocks: int
+) -> tuple[float, dict[str, Tensor]]:
     model.zero_grad(set_to_none=True)
     torch.manual_seed(3)  # dropout above the prefix draws the same
     logits, deltas = forward(model, inputs, selection, with_deltas=model.has_class_token, cached_blocks=cached_blocks)
