@@ -226,8 +226,9 @@ class FeatureStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             with locked(self.folder, wait_seconds=30.0):
                 fits, reason = self._room()
-                self._write(ranks[:fits], self._staging[:fits])
-                if fits < len(ranks):
+                stored = min(fits, len(ranks))
+                self._write(ranks[:stored], self._staging[:stored])
+                if stored < len(ranks):
                     self._stop(reason)
         except (OSError, RunFolderError) as error:
             self._stop(_reason(error))
