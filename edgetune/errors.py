@@ -10,6 +10,8 @@ EdgetuneError            exit code 1: what was named can't be used
 ├── UnsupportedModel     1: the model exists, but this method (or edgetune) can't train it
 ├── BackendUnavailable   1: an optional package is not installed
 ├── RunFolderError       1: a run folder can't be written, read or resumed
+├── FeaturesDamaged      1: cached features can't be read back
+├── FeaturesOverflow     1: a feature is too large for float16 (a run goes on in float32)
 ├── DoesNotFit           3: no plan keeps the run under the cap
 ├── CapExceeded          4: the run passed its cap, or stopped to avoid it
 └── Interrupted          129 (hang-up), 130 (Ctrl-C) or 143 (SIGTERM): stopped cleanly
@@ -59,6 +61,14 @@ class BackendUnavailable(EdgetuneError):
 
 
 class RunFolderError(EdgetuneError):
+    pass
+
+
+class FeaturesDamaged(EdgetuneError):
+    pass
+
+
+class FeaturesOverflow(EdgetuneError):
     pass
 
 

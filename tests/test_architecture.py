@@ -40,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
     # Files in and out.
     "data": {"errors", "system", "units"},
     "checkpoint": {"errors", "units"},
+    "features": {"checkpoint", "errors", "units"},
     "report": {"checkpoint", "data", "errors", "units"},
     "settings": {"alast", "data", "enforce", "errors", "methods", "optim", "planner"},
     # What knows torch.
