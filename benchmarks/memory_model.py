@@ -181,7 +181,9 @@ def measure(model: Any, config: Config, *, with_flops: bool) -> Outcome:
     backend = TorchBackend(model, OptimizerSettings(name=config.optimizer))
     backend.store_half(config.half_blocks)
     if config.cached_blocks:
-        backend.drop_prefix(config.cached_blocks, dict.fromkeys(model.state_dict(), np.empty(0)))  # nobody will ask for it
+        backend.drop_prefix(
+            config.cached_blocks, dict.fromkeys(model.state_dict(), np.empty(0))
+        )  # nobody will ask for it
     images = config.micro_batch * config.accumulation
 
     inputs: tuple[int, ...] = (config.micro_batch, 3, *shape.image_px)

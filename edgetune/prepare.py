@@ -142,7 +142,7 @@ def prepare(
         notes.append(f"warning: {what} stay frozen at random weights; --method full trains everything")
     for note in notes:
         listener.note(note)
-    if not looks(settings, request, replay=stored_plan is not None):
+    if not looks(settings, request, len(data.train.paths), replay=stored_plan is not None):
         tell_plan(plan, listener)
     return Setup(
         settings=settings,
@@ -162,19 +162,19 @@ def tell_plan(plan: Plan, listener: Listener) -> None:
         listener.note(f"plan: {line}")
 
 
-def looks(settings: RunSettings, request: PlanRequest, *, replay: bool) -> bool:
+def looks(settings: RunSettings, request: PlanRequest, images: int, *, replay: bool) -> bool:
     """Whether the split is found by looking at the images: where a pretrained model has something to freeze, nobody named
     what, and images are seen often enough for it to pay.
     """
     named = (settings.split_block, settings.trained_blocks)
-    seen = 0 if request.cache is None else request.cache.steps * request.batch_size / request.cache.train_images
+    steps = settings.steps or settings.epochs * -(-images // request.batch_size)
     return (
         not replay
         and settings.split == "auto"
         and named == (None, None)
         and settings.pretrained
         and len(request.space.splits) > 1
-        and seen >= LEAST_PASSES
+        and steps * request.batch_size >= LEAST_PASSES * images
     )
 
 

@@ -78,8 +78,10 @@ def finetune(
             guard = stack.enter_context(guarded(settings.enforce, judge, meter))
             with meter.phase("load"), memory_ends("loading the model", guard):
                 loaded, backend = build(setup, meter, pretrained=settings.pretrained)
-                if looks(setup.settings, setup.request, replay=stored_plan is not None):
+            if looks(setup.settings, setup.request, len(setup.data.train.paths), replay=stored_plan is not None):
+                with meter.phase("look"), memory_ends("looking for the split", guard):
                     setup = decide(setup, backend, listener)
+            with meter.phase("load"), memory_ends("writing the run folder", guard):
                 stored, standing = _write_start(setup, path, loaded, backend)
             if setup.plan.prefix is None:
                 _reserve(backend, setup, guard)

@@ -13,6 +13,7 @@ from edgetune.planner.search import plan, replayed, smallest_cap_bytes
 from edgetune.planner.tokens import ceilings, default_token_floor, fit, rounded_up
 from edgetune.planner.values import (
     PLAN_FORMAT_VERSION,
+    PREFETCHED_BATCHES,
     CachedPrefix,
     CacheRequest,
     EmbeddingsChoice,
@@ -24,6 +25,7 @@ from edgetune.planner.values import (
 
 __all__ = [
     "PLAN_FORMAT_VERSION",
+    "PREFETCHED_BATCHES",
     "CacheRequest",
     "CachedPrefix",
     "EmbeddingsChoice",
