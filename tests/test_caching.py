@@ -1,0 +1,355 @@
+"""Runs whose frozen blocks are computed once: the same results, in less memory, whatever happens to the cache."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doubles import make_images
+from running import SECONDS, Witness, command, environment, finetune, interrupt_after, losses, resume
+
+pytest.importorskip("torch")
+pytest.importorskip("timm")
+
+import timm
+import torch
+from PIL import Image
+
+from edgetune.errors import DoesNotFit, Interrupted
+from edgetune.report import RunReport, read_report
+
+# 32 training images and 8 for validation: an epoch is four steps.
+RUN: dict[str, Any] = {"epochs": 3, "steps": None, "method": "last-k", "split_block": 8, "seed": 2}
+EXACT = RUN | {"cache_precision": "float32"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"), {"ant": 20, "bee": 20})
+
+
+def run(images: Path, folder: Path, **changes: Any) -> tuple[RunReport, list[str]]:
+    witness = Witness()
+    return finetune(images, folder, witness, **changes), witness.notes
+
+
+def said(notes: list[str], *words: str) -> bool:
+    return any(all(word in note for word in words) for note in notes)
+
+
+def chunks(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".json", ".lock"))
+
+
+# ------------------------------------------------------------------------------------------------------- the same run
+
+
+@pytest.mark.parametrize("method", ["last-k", "random-k", "alast"])
+def test_a_cached_run_has_the_losses_of_one_that_computes_everything(images: Path, tmp_path: Path, method: str) -> None:
+    changes = EXACT | {"method": method}
+    report, _ = run(images, tmp_path / "cached", **changes)
+    plain, _ = run(images, tmp_path / "plain", **changes, prefix_cache=False)
+    assert losses(tmp_path / "cached") == losses(tmp_path / "plain")
+    assert report.val_accuracy == plain.val_accuracy
+    assert report.val_loss == plain.val_loss
+    assert (report.cached_blocks, plain.cached_blocks) == (8, 0)
+    assert report.flops is not None
+    assert plain.flops is not None
+    assert report.flops < 0.7 * plain.flops
+
+
+def test_micro_batches_and_short_last_batches_come_from_the_cache_too(images: Path, tmp_path: Path) -> None:
+    changes = EXACT | {"batch_size": 10, "accumulation": 3}
+    run(images, tmp_path / "cached", **changes)
+    run(images, tmp_path / "plain", **changes, prefix_cache=False)
+    assert losses(tmp_path / "cached") == losses(tmp_path / "plain")
+
+
+def test_tokens_dropped_at_the_split_are_dropped_in_the_cache(images: Path, tmp_path: Path) -> None:
+    changes = EXACT | {"split_tokens": 0.4, "method": "alast"}
+    report, _ = run(images, tmp_path / "cached", **changes)
+    plain, _ = run(images, tmp_path / "plain", **changes, prefix_cache=False)
+    assert losses(tmp_path / "cached") == losses(tmp_path / "plain")
+    assert report.val_accuracy == plain.val_accuracy
+    assert report.evaluation_tokens == plain.evaluation_tokens
+
+
+def test_fixed_views_are_the_same_from_the_cache(images: Path, tmp_path: Path) -> None:
+    changes = EXACT | {"augment": True, "augment_views": 2, "epochs": 5}
+    report, _ = run(images, tmp_path / "cached", **changes)
+    run(images, tmp_path / "plain", **changes, prefix_cache=False)
+    assert report.cached_blocks == 8
+    assert losses(tmp_path / "cached") == losses(tmp_path / "plain")
+    epochs = [losses(tmp_path / "cached")[start : start + 4] for start in range(0, 20, 4)]
+    assert len({epoch[0][1] for epoch in epochs}) == 5
+
+
+def test_a_mirrored_image_is_kept_once_however_many_views_show_it(images: Path, tmp_path: Path) -> None:
+    plain, _ = run(images, tmp_path / "plain", **EXACT)
+    report, _ = run(images, tmp_path / "views", **EXACT, hflip=0.5, augment_views=2)
+    assert plain.cache_bytes is not None
+    assert report.cache_bytes is not None
+    assert plain.cache_bytes < report.cache_bytes < 1.9 * plain.cache_bytes
+
+
+def test_a_head_keeps_the_class_token_alone(images: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"epochs": 3, "steps": None, "method": "head", "cache_precision": "float32"}
+    report, notes = run(images, tmp_path / "cached", **changes)
+    plain, _ = run(images, tmp_path / "plain", **changes, prefix_cache=False)
+    assert report.cached_blocks == 12
+    assert report.cache_bytes is not None
+    assert report.cache_bytes < 40 * (96 * 4 + 200) + 4000
+    assert said(notes, "the class token")
+    for (_, one, _), (_, other, _) in zip(losses(tmp_path / "cached"), losses(tmp_path / "plain"), strict=True):
+        assert float(one) == pytest.approx(float(other), rel=1e-5)  # the norm's gradient is summed in another order
+
+
+def test_half_precision_changes_little(images: Path, tmp_path: Path) -> None:
+    half, _ = run(images, tmp_path / "half", **RUN)
+    whole, _ = run(images, tmp_path / "whole", **EXACT)
+    assert (half.cache_precision, whole.cache_precision) == ("float16", "float32")
+    assert half.cache_bytes is not None
+    assert whole.cache_bytes is not None
+    assert half.cache_bytes == pytest.approx(whole.cache_bytes / 2, rel=0.05)
+    for (_, one, _), (_, other, _) in zip(losses(tmp_path / "half"), losses(tmp_path / "whole"), strict=True):
+        assert float(one) == pytest.approx(float(other), rel=0.02)
+
+
+def test_what_half_precision_cant_hold_is_kept_as_float32(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgetune.backends.pytorch import TorchBackend
+
+    plain = TorchBackend.features
+    monkeypatch.setattr(TorchBackend, "features", lambda *args, **more: 1e6 * plain(*args, **more))
+    report, notes = run(images, tmp_path / "run", **RUN)
+    assert report.cache_precision == "float32"
+    assert said(notes, "float16", "float32")
+
+
+# -------------------------------------------------------------------------------------------- the prefix leaves memory
+
+
+def test_the_prefix_leaves_memory_and_comes_back_in_what_is_saved(images: Path, tmp_path: Path) -> None:
+    report, notes = run(images, tmp_path / "run", **RUN)
+    reference = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=96, num_heads=3, num_classes=2
+    )
+    below = sum(
+        value.nbytes
+        for name, value in reference.named_parameters()
+        if name.startswith(("patch_embed", "cls_token", "pos_embed")) or name.split(".")[1:2] in [[str(n)] for n in range(8)]
+    )
+    assert report.dropped_weights_bytes == below
+    assert said(notes, "leave memory")
+    model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
+    state = model.state_dict()
+    base = torch.load if False else None
+    assert base is None
+    assert all(torch.isfinite(value).all() for value in state.values())
+    start = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=False).state_dict()
+    assert any(not torch.equal(state[name], start[name]) for name in state if name.startswith("blocks.0."))
+
+
+def test_the_saved_model_is_the_one_of_the_run_that_computes_everything(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "cached", **EXACT)
+    run(images, tmp_path / "plain", **EXACT, prefix_cache=False)
+    assert (tmp_path / "cached" / "model.safetensors").read_bytes() == (
+        tmp_path / "plain" / "model.safetensors"
+    ).read_bytes()
+
+
+# ---------------------------------------------------------------------------------------------------- used again, or not
+
+
+def test_another_run_with_the_same_prefix_writes_nothing(images: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "shared")
+    first, _ = run(images, tmp_path / "one", **RUN, cache_dir=cache, prefix_cache=True)
+    second, _ = run(images, tmp_path / "two", **RUN, cache_dir=cache, prefix_cache=True, learning_rate=3e-3)
+    assert first.cache_written_bytes
+    assert second.cache_written_bytes == 0
+    assert second.cache_bytes == first.cache_bytes
+
+
+@pytest.mark.parametrize(
+    "change", [{"split_block": 9}, {"image_px": 40}, {"cache_precision": "float32"}, {"split_tokens": 0.5}]
+)
+def test_a_cache_of_something_else_is_not_used(images: Path, tmp_path: Path, change: dict[str, Any]) -> None:
+    cache = str(tmp_path / "shared")
+    run(images, tmp_path / "one", **RUN, cache_dir=cache, prefix_cache=True)
+    other, _ = run(images, tmp_path / "two", **(RUN | change), cache_dir=cache, prefix_cache=True)
+    assert other.cache_written_bytes
+    assert other.cached_blocks == change.get("split_block", 8)
+
+
+def test_an_image_that_changed_is_computed_again_and_no_other(tmp_path: Path) -> None:
+    images, cache = make_images(tmp_path / "images", {"ant": 20, "bee": 20}), str(tmp_path / "shared")
+    first, _ = run(images, tmp_path / "one", **EXACT, cache_dir=cache, prefix_cache=True)
+    changed = images / "ant" / "003.png"
+    before = changed.stat()
+    Image.new("RGB", (32, 32), (9, 99, 199)).save(changed)
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second, _ = run(images, tmp_path / "two", **EXACT, cache_dir=cache, prefix_cache=True)
+    plain, _ = run(images, tmp_path / "plain", **EXACT, prefix_cache=False)
+    assert first.cache_written_bytes is not None
+    assert second.cache_written_bytes is not None
+    assert 0 < second.cache_written_bytes < first.cache_written_bytes / 10
+    assert losses(tmp_path / "two") == losses(tmp_path / "plain")
+    assert second.val_loss == plain.val_loss
+
+
+def test_a_damaged_chunk_is_said_and_computed_again(images: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "shared"
+    run(images, tmp_path / "one", **EXACT, cache_dir=str(cache), prefix_cache=True)
+    chunk = max(chunks(cache), key=lambda path: path.stat().st_size)
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    report, notes = run(images, tmp_path / "two", **EXACT, cache_dir=str(cache), prefix_cache=True)
+    assert report.cache_written_bytes
+    assert said(notes, "computed again")
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+
+
+# --------------------------------------------------------------------------------------------------------- why it is not
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epochs": 1}, ["each image is seen once"]),
+        ({"hflip": 0.5}, ["--augment-views"]),
+        ({"prefix_cache": False}, ["--no-cache"]),
+        ({"method": "full", "split_block": None}, ["the lowest block may train"]),
+    ],
+)
+def test_it_says_why_nothing_is_cached(images: Path, tmp_path: Path, change: dict[str, Any], words: list[str]) -> None:
+    report, notes = run(images, tmp_path / "run", **(RUN | change))
+    assert report.cached_blocks == 0
+    assert report.cache_bytes is None
+    assert not (tmp_path / "run" / "cache").exists()
+    assert said(notes, "prefix not cached", *words)
+
+
+# ------------------------------------------------------------------------------------------------------ a full disk
+
+
+def test_under_a_limit_some_are_kept_and_the_run_is_the_same(images: Path, tmp_path: Path) -> None:
+    limit = 500_000
+    report, notes = run(images, tmp_path / "part", **EXACT, cache_limit_bytes=limit)
+    plain, _ = run(images, tmp_path / "plain", **EXACT, prefix_cache=False)
+    assert report.cache_bytes is not None
+    assert limit / 2 < report.cache_bytes <= limit
+    assert report.dropped_weights_bytes == 0
+    assert said(notes, "only", "cache")
+    assert losses(tmp_path / "part") == losses(tmp_path / "plain")
+    assert report.val_loss == plain.val_loss
+
+
+def test_a_disk_that_fills_up_meanwhile_does_not_fail_the_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgetune.features import chunks
+
+    def full(*_args: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(chunks, "write_chunk", full)
+    report, notes = run(images, tmp_path / "part", **EXACT)
+    plain, _ = run(images, tmp_path / "plain", **EXACT, prefix_cache=False)
+    assert said(notes, "only a part is cached", os.strerror(28))
+    assert losses(tmp_path / "part") == losses(tmp_path / "plain")
+    assert report.val_loss == plain.val_loss
+
+
+def test_where_the_run_needs_the_cache_to_fit_a_full_disk_says_so(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgetune import session
+    from edgetune.features import chunks
+
+    def full(*_args: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    def none_fits(_request: object) -> None:
+        raise DoesNotFit("needs more", 2**30)
+
+    monkeypatch.setattr(chunks, "write_chunk", full)
+    monkeypatch.setattr(session, "make_plan", none_fits)
+    with pytest.raises(DoesNotFit, match="can't be whole .*No space left"):
+        run(images, tmp_path / "run", **EXACT)
+
+
+# --------------------------------------------------------------------------------------------------- stopped, killed
+
+
+def test_a_cached_run_that_was_stopped_goes_on_as_if_it_had_not(images: Path, tmp_path: Path) -> None:
+    changes = RUN | {"method": "alast", "checkpoint_every": 2, "split_tokens": 0.6}
+    run(images, tmp_path / "whole", **changes)
+    with pytest.raises(Interrupted):
+        finetune(images, tmp_path / "stopped", interrupt_after(5), **changes)
+    report = resume(tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert (tmp_path / "stopped" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    assert report.dropped_weights_bytes
+
+
+def test_a_run_killed_while_it_caches_goes_on_with_what_is_there(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(images, tmp_path / "whole", **EXACT)
+    folder = tmp_path / "killed"
+    script = (
+        "import os, signal, sys, time\n"
+        "from edgetune.features import chunks\n"
+        "chunks.CHUNK_BYTES = 100_000\n"
+        "plain = chunks.write_chunk\n"
+        "def slow(*args):\n"
+        "    found = plain(*args)\n"
+        "    time.sleep(0.3)\n"
+        "    return found\n"
+        "chunks.write_chunk = slow\n"
+        "from edgetune.__main__ import entry\n"
+        "entry()\n"
+    )
+    flags = ["--model", "edgetune_micro", "--device", "jetson-nano", "-b", "8", "--threads", "1", "--seed", "2"]
+    flags += ["--epochs", "3", "--method", "last-k", "--split", "8", "--cache-precision", "float32"]
+    flags += ["--data", str(images), "--output", str(folder)]
+    arguments = [command()[0], "-c", script, "finetune", *flags]
+    process = subprocess.Popen(arguments, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    cache, end = folder / "cache", time.monotonic() + SECONDS
+    while len(chunks(cache) if cache.exists() else []) < 3:
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    there = sum(path.stat().st_size for path in chunks(cache))
+    report = resume(folder)
+    assert report.cache_bytes is not None
+    assert report.cache_written_bytes is not None
+    assert 0 < report.cache_written_bytes <= report.cache_bytes - there + 100_000
+    assert losses(folder) == losses(tmp_path / "whole")
+
+
+def test_a_stop_while_it_caches_leaves_a_folder_that_goes_on(images: Path, tmp_path: Path) -> None:
+    witness = Witness()
+
+    def stop(what: str, _done: int, _total: int) -> None:
+        if what.startswith("cache"):
+            signal.raise_signal(signal.SIGINT)
+
+    witness.progress = stop  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        finetune(images, tmp_path / "run", witness, **EXACT)
+    assert read_report(tmp_path / "run").stopped_because == "interrupted"
+    resume(tmp_path / "run")
+    run(images, tmp_path / "whole", **EXACT)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
