@@ -19,7 +19,7 @@ import numpy.typing as npt
 from edgetune.checkpoint.files import write_atomically
 from edgetune.errors import FeaturesDamaged, FeaturesOverflow, RunFolderError
 from edgetune.features import chunks
-from edgetune.features.folder import bytes_in, chunk_names, locked, remove_left_behind, room_bytes
+from edgetune.features.folder import bytes_in, chunk_names, locked, remove_left_behind, room_bytes, size_of
 from edgetune.features.index import Index
 from edgetune.features.keys import FeatureKey
 
@@ -98,13 +98,14 @@ class FeatureStore:
             store._look(progress or (lambda done, total: None))
         except OSError as error:
             store._stop(_reason(error))
+            store._update_present()
         return store
 
     def _look(self, progress: Progress) -> None:
         if self.folder.exists():
             remove_left_behind(self.folder)
             names = chunk_names(self.folder)
-            sizes = [(self.folder / name).stat().st_size for name in names]
+            sizes = [size_of(self.folder / name) for name in names]
             buffer = memoryview(bytearray(self._entry_bytes * max(1, chunks.CHECK_BYTES // self._entry_bytes)))
             done, total = 0, sum(sizes)
             for name, size in zip(names, sizes, strict=True):
@@ -175,13 +176,15 @@ class FeatureStore:
         for place, value in zip(indices, values, strict=True):
             if self.full is not None:
                 return
-            rank = int(self._index.ranks[place])
-            if not self._index.stage(rank):
-                continue
             if self._staging is None:
+                if self.is_whole:
+                    return
                 shape = (chunks.entries_per_chunk(self._entry_bytes), *wanted[1:])
                 self._staging = np.empty(shape, self.key.dtype)
                 self._staged = np.empty(len(self._staging), np.int32)
+            rank = int(self._index.ranks[place])
+            if not self._index.stage(rank):
+                continue
             staged = self._staging[self._staged_count]
             with np.errstate(over="ignore"):
                 staged[...] = value
@@ -212,8 +215,9 @@ class FeatureStore:
                     self._stop(reason)
         except (OSError, RunFolderError) as error:
             self._stop(_reason(error))
-        self._index.unstage(ranks)
-        self._update_present()
+        finally:
+            self._index.unstage(ranks)
+            self._update_present()
 
     def _write(self, ranks: npt.NDArray[np.int32], entries: npt.NDArray[Any]) -> None:
         if not len(ranks):
