@@ -145,3 +145,27 @@ def test_a_damaged_chunk_costs_nothing_if_another_holds_the_same(whole: Path, tm
     store = check_and_complete(folder)
     assert len(store.notes) == 1
     assert store.is_whole
+
+
+def test_a_chunk_that_cannot_be_read_is_said_and_left(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+    unreadable = folder / KEY.folder_name() / "0.chunk"
+    unreadable.mkdir()
+    store = FeatureStore.open(folder, KEY, IDS)
+    assert store.notes == (f"{unreadable} can't be read (Is a directory): it is not used.",)
+    assert store.is_whole
+    assert unreadable.exists()
+
+
+def test_what_was_found_is_used_though_the_folder_then_fails(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "copy"))
+
+    def fail(folder: Path) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("edgetune.features.store.bytes_in", fail)
+    store = FeatureStore.open(folder, KEY, IDS)
+    assert store.full == "Permission denied"
+    np.testing.assert_array_equal(read(store, range(5)), VALUES)
