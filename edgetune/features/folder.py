@@ -73,6 +73,14 @@ def chunk_names(folder: Path) -> list[str]:
     return sorted(name for name in os.listdir(folder) if name.endswith(CHUNK_SUFFIX))  # noqa: PTH208
 
 
+def size_of(path: Path) -> int:
+    """Bytes of a file; 0 if another process has removed it."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def bytes_in(folder: Path) -> int:
     """Bytes of all files in `folder`, whosever they are; 0 if it is not there."""
     total = 0

@@ -35,6 +35,10 @@ class FeatureKey(msgspec.Struct, frozen=True, kw_only=True):
     stored_tokens: int
     width: int
 
+    def __post_init__(self) -> None:
+        if self.stored_tokens < 1 or self.width < 1:
+            raise ValueError(f"an entry has at least one value, not {self.stored_tokens} x {self.width}")
+
     @property
     def dtype(self) -> np.dtype[Any]:
         """Of the values on disk: little-endian on every machine."""

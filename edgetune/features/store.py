@@ -19,11 +19,11 @@ import numpy.typing as npt
 from edgetune.checkpoint.files import write_atomically
 from edgetune.errors import FeaturesDamaged, FeaturesOverflow, RunFolderError
 from edgetune.features import chunks
-from edgetune.features.folder import bytes_in, chunk_names, locked, remove_left_behind, room_bytes
-from edgetune.features.keys import ID_BYTES, FeatureKey
+from edgetune.features.folder import bytes_in, chunk_names, locked, remove_left_behind, room_bytes, size_of
+from edgetune.features.index import Index
+from edgetune.features.keys import FeatureKey
 
 KEY_FILE = "key.json"
-_ABSENT, _STAGED = -1, -2
 
 Progress = Callable[[int, int], None]
 Places = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -62,15 +62,8 @@ class FeatureStore:
         self.stored_bytes = self.written_bytes = 0
         self._limit_bytes, self._keep_free_bytes = limit_bytes, keep_free_bytes
         self._key_sha256, self._entry_bytes = key.sha256(), key.entry_bytes
-        # An image that occurs twice is one entry: places have a rank among the sorted ids, entries are held by rank.
-        self._ids, rank = np.unique(_id_array(ids), return_inverse=True)
-        self._rank = rank.astype(np.int32).reshape(-1)
-        # Entry r lies in row `_row[r]`, counted through all chunks; chunk c holds rows from `_starts[c]` on.
-        self._row = np.full(len(self._ids), _ABSENT, np.int32)
-        self._crc = np.zeros(len(self._ids), np.uint32)
-        self._starts = np.zeros(1, np.int64)
-        self._names: list[str] = []
-        self.present = np.zeros(len(self._rank), np.bool_)
+        self._index = Index(ids)
+        self.present = self._index.present
         self._staging: npt.NDArray[Any] | None = None
         self._staged = np.empty(0, np.int32)  # ranks
         self._staged_count = 0
@@ -105,13 +98,14 @@ class FeatureStore:
             store._look(progress or (lambda done, total: None))
         except OSError as error:
             store._stop(_reason(error))
+            store._update_present()
         return store
 
     def _look(self, progress: Progress) -> None:
         if self.folder.exists():
             remove_left_behind(self.folder)
             names = chunk_names(self.folder)
-            sizes = [(self.folder / name).stat().st_size for name in names]
+            sizes = [size_of(self.folder / name) for name in names]
             buffer = memoryview(bytearray(self._entry_bytes * max(1, chunks.CHECK_BYTES // self._entry_bytes)))
             done, total = 0, sum(sizes)
             for name, size in zip(names, sizes, strict=True):
@@ -147,27 +141,14 @@ class FeatureStore:
                 except OSError as refused:
                     self.notes += (f"{path} can't be removed: {_reason(refused)}.",)
             return
-        if not len(self._ids):
-            return
-        rank = np.searchsorted(self._ids, header.ids).clip(max=len(self._ids) - 1)
-        wanted = self._ids[rank] == header.ids
-        self._enter(name, rank[wanted], np.flatnonzero(wanted), header.crcs[wanted], len(header.ids))
-
-    def _enter(
-        self, name: str, rank: npt.NDArray[Any], slot: npt.NDArray[Any], crc: npt.NDArray[Any], count: int
-    ) -> None:
-        """Entries `rank` (n,) are at `slot` (n,) of the chunk `name`, which holds `count`."""
-        start = self._starts[-1]
-        self._names.append(name)
-        self._starts = np.append(self._starts, start + count)
-        self._crc[rank] = crc
-        self._row[rank] = start + slot
+        ranks, slots = self._index.wanted(header.ids)
+        self._index.enter(name, ranks, slots, header.crcs[slots], len(header.ids))
 
     def _update_present(self) -> None:
-        self.present[:] = self._row[self._rank] >= 0
+        self._index.update_present()
         if self.is_whole:
             # Only what is added needs these.
-            self._ids = self._ids[:0].copy()
+            self._index.drop_ids()
             self._staging = None
 
     @property
@@ -178,7 +159,7 @@ class FeatureStore:
     def missing(self) -> npt.NDArray[np.int64]:
         """Places to compute, in order; of images with the same id the first, as all of them are then there."""
         places = np.flatnonzero(~self.present)
-        _, first = np.unique(self._rank[places], return_index=True)
+        _, first = np.unique(self._index.ranks[places], return_index=True)
         return places[np.sort(first)].astype(np.int64)
 
     def add(self, indices: Places, values: npt.NDArray[np.float32]) -> None:
@@ -193,26 +174,28 @@ class FeatureStore:
         if values.shape != wanted:
             raise ValueError(f"features have the shape {values.shape}, wanted {wanted}")
         for place, value in zip(indices, values, strict=True):
-            rank = self._rank[place]
             if self.full is not None:
                 return
-            if self._row[rank] != _ABSENT:
-                continue
             if self._staging is None:
+                if self.is_whole:
+                    return
                 shape = (chunks.entries_per_chunk(self._entry_bytes), *wanted[1:])
                 self._staging = np.empty(shape, self.key.dtype)
                 self._staged = np.empty(len(self._staging), np.int32)
+            rank = int(self._index.ranks[place])
+            if not self._index.stage(rank):
+                continue
             staged = self._staging[self._staged_count]
             with np.errstate(over="ignore"):
                 staged[...] = value
+            self._staged[self._staged_count] = rank
             if self.key.precision == "float16" and np.any(np.isinf(staged) & np.isfinite(value)):
+                self._index.unstage(self._staged[self._staged_count : self._staged_count + 1])
                 raise FeaturesOverflow(
                     f"A feature of image {int(place)} is {float(np.abs(value[np.isfinite(value)]).max()):.6g}, and "
                     "float16 ends at 65504. Keep the features in float32."
                 )
-            self._staged[self._staged_count] = rank
             self._staged_count += 1
-            self._row[rank] = _STAGED
             if self._staged_count == len(self._staging):
                 self.flush()
 
@@ -232,8 +215,9 @@ class FeatureStore:
                     self._stop(reason)
         except (OSError, RunFolderError) as error:
             self._stop(_reason(error))
-        self._row[ranks[self._row[ranks] == _STAGED]] = _ABSENT
-        self._update_present()
+        finally:
+            self._index.unstage(ranks)
+            self._update_present()
 
     def _write(self, ranks: npt.NDArray[np.int32], entries: npt.NDArray[Any]) -> None:
         if not len(ranks):
@@ -244,8 +228,8 @@ class FeatureStore:
             write_atomically(key_file, text)
             self._wrote(len(text))
         path = chunks.new_chunk(self.folder)
-        crcs = chunks.write_chunk(path, self._key_sha256, self._ids[ranks], entries, self._wrote)
-        self._enter(path.name, ranks, np.arange(len(ranks)), crcs, len(ranks))
+        crcs = chunks.write_chunk(path, self._key_sha256, self._index.ids(ranks), entries, self._wrote)
+        self._index.enter(path.name, ranks, np.arange(len(ranks)), crcs, len(ranks))
         self.stored_bytes = bytes_in(self.folder)
 
     def _wrote(self, size: int) -> None:
@@ -271,23 +255,17 @@ class FeatureStore:
         wanted = (len(indices), self.key.stored_tokens, self.key.width)
         if out.shape != wanted:
             raise ValueError(f"features are read into the shape {out.shape}, wanted {wanted}")
-        ranks = self._rank[np.asarray(indices, np.int64)]
-        rows = self._row[ranks]
-        if np.any(rows < 0):
-            raise ValueError(f"the features of image {indices[int(np.argmax(rows < 0))]} are not stored")
         if self._buffer is None:
             self._buffer = np.empty(self._entry_bytes, np.uint8)
         values = self._buffer.view(self.key.dtype).reshape(wanted[1:])
-        files = np.searchsorted(self._starts, rows, side="right") - 1
-        for number in np.unique(files):
-            path = self.folder / self._names[number]
-            first = chunks.header_bytes(int(self._starts[number + 1] - self._starts[number]))
+        for name, count, asked in self._index.by_chunk(np.asarray(indices, np.int64)):
+            path = self.folder / name
             try:
                 with path.open("rb", buffering=0) as file:
-                    for i in np.flatnonzero(files == number):
-                        slot = int(rows[i] - self._starts[number])
-                        self._read_entry(file, first + slot * self._entry_bytes, int(self._crc[ranks[i]]))
-                        out[i] = values
+                    for entry in asked:
+                        offset = chunks.header_bytes(count) + entry.slot * self._entry_bytes
+                        self._read_entry(file, offset, entry.crc)
+                        out[entry.position] = values
             except (OSError, chunks.DamagedChunk) as error:
                 raise FeaturesDamaged(
                     f"Cached features can't be read back: {path} {_reason(error)}. Its disk may be failing. "
@@ -305,8 +283,7 @@ class FeatureStore:
     def remove(self) -> None:
         """Delete all files of this key, as far as that goes: for features that turned out to be of no use."""
         self._staged_count = 0
-        self._row[:] = _ABSENT
-        self.present[:] = False
+        self._index.forget()
         self._stop("removed")
         with suppress(OSError):
             for name in (*chunk_names(self.folder), KEY_FILE):
@@ -326,18 +303,6 @@ class FeatureStore:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _id_array(ids: Sequence[bytes] | npt.NDArray[np.uint8]) -> npt.NDArray[np.bytes_]:
-    if isinstance(ids, np.ndarray):
-        if ids.dtype != np.uint8 or ids.shape[1:] != (ID_BYTES,):
-            raise ValueError(f"ids are {ids.dtype} {ids.shape}, wanted uint8 (n, {ID_BYTES})")
-        data = ids.tobytes()
-    else:
-        if any(len(one) != ID_BYTES for one in ids):
-            raise ValueError(f"an id has {ID_BYTES} bytes")
-        data = b"".join(ids)
-    return np.frombuffer(data, chunks.ID_TYPE)
 
 
 def _reason(error: Exception) -> str:
