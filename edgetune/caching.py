@@ -69,7 +69,10 @@ class Features:
 
     @property
     def stored_bytes(self) -> int:
-        return sum({store.folder: store.stored_bytes for store in self._stores}.values())
+        stored: dict[Path, int] = {}
+        for store in self._stores:  # two of one key share a folder, and each knows what was there when it last looked
+            stored[store.folder] = max(store.stored_bytes, stored.get(store.folder, 0))
+        return sum(stored.values())
 
     @property
     def written_bytes(self) -> int:
@@ -172,6 +175,7 @@ class Place(NamedTuple):
     architecture: str  # name and arguments
     preprocess: Mapping[str, object]
     limit_bytes: int | None
+    keep_free_bytes: int  # of the disk, for what else the run writes to it
 
 
 def open_features(job: Job, place: Place, prefix: CachedPrefix, precision: Precision) -> Features:
@@ -204,14 +208,24 @@ def open_features(job: Job, place: Place, prefix: CachedPrefix, precision: Preci
         for index, content in enumerate(job.train_images.contents)
     ]
     limit = place.limit_bytes
-    train = FeatureStore.open(place.folder, key(train_tokens, prefix.stored_tokens), train_ids, limit_bytes=limit)
+    train = FeatureStore.open(
+        place.folder,
+        key(train_tokens, prefix.stored_tokens),
+        train_ids,
+        limit_bytes=limit,
+        keep_free_bytes=place.keep_free_bytes,
+    )
     val_ids = [entry_id(content) for content in job.val_images.contents]
     pruned_val = None
     if pruned:
-        pruned_val = FeatureStore.open(place.folder, train.key, val_ids, limit_bytes=limit)
+        pruned_val = FeatureStore.open(
+            place.folder, train.key, val_ids, limit_bytes=limit, keep_free_bytes=place.keep_free_bytes
+        )
         each = entry_bytes(prefix.stored_tokens, prefix.width, prefix.float_bytes)
         limit = None if limit is None else max(0, limit - prefix.train_bytes - len(val_ids) * each)
-    val = FeatureStore.open(place.folder, key(val_tokens, evaluated), val_ids, limit_bytes=limit)
+    val = FeatureStore.open(
+        place.folder, key(val_tokens, evaluated), val_ids, limit_bytes=limit, keep_free_bytes=place.keep_free_bytes
+    )
     return Features(
         prefix=prefix,
         train=CachedImages(train, len(job.train_images.paths), prefix.views, train_tokens),

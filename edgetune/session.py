@@ -18,6 +18,7 @@ import msgspec
 from edgetune.backends.base import Backend
 from edgetune.caching import Features, Place, make, open_features
 from edgetune.checkpoint import open_base, write_atomically
+from edgetune.cost import FLOAT_BYTES
 from edgetune.data import timm_augment
 from edgetune.errors import CapExceeded, DoesNotFit, EdgetuneError, Interrupted
 from edgetune.features import FeaturesOverflow
@@ -147,11 +148,13 @@ def begin(session: Session, job: Job) -> None:
     if prefix is None:
         return
     settings, state = session.setup.settings, job.state
+    folder = cache_folder(settings, session.path)
     place = Place(
-        folder=cache_folder(settings, session.path),
+        folder=folder,
         architecture=f"{session.stored.architecture} {session.stored.model_args}",
         preprocess=msgspec.to_builtins(session.setup.preprocess),
         limit_bytes=settings.cache_limit_bytes,
+        keep_free_bytes=_kept_free_bytes(session, folder),
     )
     features = open_features(job, place, prefix, settings.cache_precision)
     try:
@@ -183,6 +186,14 @@ def begin(session: Session, job: Job) -> None:
     if job.plan.keeps_state:
         backend.reserve(trainable_space(job.plan))
     job.ready = True
+
+
+def _kept_free_bytes(session: Session, cache: Path) -> int:
+    """What the run itself still writes to the cache's disk: the model, two checkpoints and a third being written."""
+    above = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    if above.stat().st_dev != session.path.stat().st_dev:
+        return 0
+    return 4 * FLOAT_BYTES * session.setup.shape.parameters
 
 
 def _go_on_without_all(session: Session, job: Job, features: Features) -> None:

@@ -100,7 +100,7 @@ def test_a_mirrored_image_is_kept_once_however_many_views_show_it(images: Path, 
 def test_a_head_keeps_the_class_token_alone(images: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"epochs": 3, "steps": None, "method": "head", "cache_precision": "float32"}
     report, notes = run(images, tmp_path / "cached", **changes)
-    plain, _ = run(images, tmp_path / "plain", **changes, prefix_cache=False)
+    run(images, tmp_path / "plain", **changes, prefix_cache=False)
     assert report.cached_blocks == 12
     assert report.cache_bytes is not None
     assert report.cache_bytes < 40 * (96 * 4 + 200) + 4000
@@ -143,15 +143,13 @@ def test_the_prefix_leaves_memory_and_comes_back_in_what_is_saved(images: Path, 
     below = sum(
         value.nbytes
         for name, value in reference.named_parameters()
-        if name.startswith(("patch_embed", "cls_token", "pos_embed")) or name.split(".")[1:2] in [[str(n)] for n in range(8)]
+        if name.startswith(("patch_embed", "cls_token", "pos_embed"))
+        or name.split(".")[1:2] in [[str(n)] for n in range(8)]
     )
     assert report.dropped_weights_bytes == below
     assert said(notes, "leave memory")
     model = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=True)
     state = model.state_dict()
-    base = torch.load if False else None
-    assert base is None
-    assert all(torch.isfinite(value).all() for value in state.values())
     start = timm.create_model(f"local-dir:{tmp_path / 'run'}", pretrained=False).state_dict()
     assert any(not torch.equal(state[name], start[name]) for name in state if name.startswith("blocks.0."))
 
@@ -281,7 +279,7 @@ def test_where_the_run_needs_the_cache_to_fit_a_full_disk_says_so(
 
     monkeypatch.setattr(chunks, "write_chunk", full)
     monkeypatch.setattr(session, "make_plan", none_fits)
-    with pytest.raises(DoesNotFit, match="can't be whole .*No space left"):
+    with pytest.raises(DoesNotFit, match=r"can't be whole .*No space left"):
         run(images, tmp_path / "run", **EXACT)
 
 

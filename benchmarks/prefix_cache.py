@@ -1,0 +1,139 @@
+"""What each step of the way from full fine-tuning to a cached, pruned suffix costs: time and memory of whole runs.
+
+    python benchmarks/prefix_cache.py            # writes benchmarks/prefix_cache.md
+
+Every row is runs of `edgetune finetune` in processes of their own; the rounds interleave the rows, so that a busy machine
+hits all alike. Weights are random: what is measured is time and memory, and accuracy means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from writing import machine, table
+
+from edgetune.units import MIB
+
+WAYS: list[tuple[str, list[str]]] = [
+    ("full fine-tuning", ["--method", "full"]),
+    ("nothing below block 8 trains", ["--method", "alast", "--split", "8", "--no-cache", "--token-floor", "1"]),
+    ("prefix cached", ["--method", "alast", "--split", "8", "--token-floor", "1"]),
+    ("2/3 of the tokens from the split on", ["--method", "alast", "--split", "8", "--split-tokens", "0.67"]),
+    ("2/5 of the tokens from the split on", ["--method", "alast", "--split", "8", "--split-tokens", "0.4"]),
+    ("the same, whole blocks recomputed",
+     ["--method", "alast", "--split", "8", "--split-tokens", "0.4", "--recompute", "block"]),
+]  # fmt: skip
+
+
+class Task(NamedTuple):
+    """A model, how often it sees its images, and how many there are (a quarter more validate)."""
+
+    model: str
+    epochs: int
+    images: int
+
+
+TASKS = (Task("deit_tiny_patch16_224", 5, 96), Task("vit_base_patch16_224", 3, 48))
+
+
+class Figures(NamedTuple):
+    epoch_seconds: float  # of training, once the cache is there
+    cache_seconds: float
+    total_seconds: float  # training and caching, all epochs
+    live_bytes: int
+    added_bytes: int  # to the runtime's resident memory
+    disk_bytes: int
+
+
+def make_images(folder: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    for part, images in (("train", count), ("val", count // 4)):
+        for number in range(images):
+            path = folder / part / f"class{number % 2}" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (224, 224, 3), np.uint8)).save(path)
+
+
+def run(task: Task, data: Path, arguments: list[str], folder: Path) -> Figures:
+    command = [sys.executable, "-m", "edgetune", "finetune", "--device", "jetson-orin-nano-8gb", "--json", "--quiet"]
+    command += ["--model", task.model, "--no-pretrained", "--data", str(data), "-b", "16", "--threads", "1"]
+    command += ["--epochs", str(task.epochs), "--output", str(folder), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    report: dict[str, Any] = json.loads(done.stdout)
+    caching = report["cache_seconds"] or 0.0
+    return Figures(
+        epoch_seconds=(report["train_seconds"] - caching) / task.epochs,
+        cache_seconds=caching,
+        total_seconds=report["train_seconds"],
+        live_bytes=report["peak_live_bytes"],
+        added_bytes=report["training_peak_bytes"],
+        disk_bytes=report["cache_bytes"] or 0,
+    )
+
+
+def rows_of(task: Task, rounds: int) -> list[list[str]]:
+    found: dict[str, list[Figures]] = {name: [] for name, _ in WAYS}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "images")
+        make_images(data, task.images)
+        for number in range(rounds):
+            for name, arguments in WAYS:
+                figures = run(task, data, arguments, Path(folder, f"{number} {name.replace('/', ' of ')}"))
+                print(f"{task.model}, round {number + 1}: {name}: {figures}", flush=True)
+                found[name].append(figures)
+    full = found[WAYS[0][0]]
+    rows = []
+    for name, runs in found.items():
+        best = [min(getattr(figures, field) for figures in runs) for field in Figures._fields]
+        base = [min(getattr(figures, field) for figures in full) for field in Figures._fields]
+        epoch, caching, total, live, added, disk = best
+        rows.append(
+            [
+                name,
+                f"{epoch / base[0]:.2f}",
+                f"{caching / base[0]:.2f}" if caching else "-",
+                f"{total / base[2]:.2f}",
+                f"{live / MIB:.0f}",
+                f"{live / base[3]:.2f}",
+                f"{added / MIB:.0f}",
+                f"{added / base[4]:.2f}",
+                f"{disk / MIB:.1f}" if disk else "-",
+            ]
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    args = parser.parse_args()
+    head = [
+        "what is left out, each row with those above", "an epoch, of full's", "caching once, in full epochs",
+        "the whole run, of full's", "peak live MiB", "of full's", "peak RSS above the runtime, MiB", "of full's",
+        "on disk, MiB",
+    ]  # fmt: skip
+    parts = []
+    for task in TASKS:
+        parts.append(f"## {task.model}, 224 px, batch 16, {task.epochs} epochs of {task.images} images\n")
+        parts.append(table(head, rows_of(task, args.rounds)) + "\n")
+    Path(__file__).with_suffix(".md").write_text(
+        "# What a cached prefix saves\n\n"
+        f"Made by `python benchmarks/prefix_cache.py --rounds {args.rounds}` on {machine()}. One thread, AdamW, random "
+        f"weights, {args.rounds} interleaved rounds, the best of each. Times are of training and caching, without "
+        "evaluation; the cache is float16.\n\n" + "\n".join(parts),
+        encoding="utf-8",
+    )
+
+
+if __name__ == "__main__":
+    main()
