@@ -93,7 +93,7 @@ def make_job(folder: Path, **changes: Any) -> tuple[Job, Watcher, list[TrainingS
         learning_rate=0.1,
         listener=watcher,
         checkpoint=lambda state: saved.append(copy_of(state)),
-        keep_best=lambda: None,
+        keep_best=lambda _tokens: None,
         memory_bytes=lambda: 200 * MIB,
         enter_phase=lambda _phase: None,
     )

@@ -49,7 +49,8 @@ ARROWS: dict[str, set[str]] = {
     # A run.
     "job": {"alast", "backends", "cost", "data", "errors", "methods", "planner", "report", "settings"},
     "replay": {"errors", "job", "planner", "units"},
-    "trainer": {"alast", "backends", "cost", "data", "job", "methods", "planner", "replay", "report"},
+    "caching": {"backends", "cost", "data", "features", "job", "planner", "replay", "settings"},
+    "trainer": {"alast", "backends", "caching", "cost", "data", "job", "methods", "planner", "replay", "report"},
     "judge": {"devices", "errors", "memory", "profiles", "runtimes", "system", "units"},
     "guard": {"enforce", "errors", "judge", "memory", "planner", "replay", "units"},
     "store": {
@@ -59,19 +60,20 @@ ARROWS: dict[str, set[str]] = {
         "cost", "data", "errors", "job", "judge", "memory", "planner", "report", "settings", "store", "units",
     },
     "inference": {
-        "backends", "checkpoint", "data", "errors", "memory", "report", "settings", "store", "system", "units", "vit",
+        "backends", "checkpoint", "cost", "data", "errors", "memory", "report", "settings", "store", "system", "units", "vit",
     },
     "prepare": {
         "backends", "cost", "data", "enforce", "errors", "job", "judge", "memory", "methods", "optim", "planner",
         "profiles", "settings", "shapes", "system", "units", "vit",
     },
+    "splits": {"backends", "cost", "data", "job", "methods", "planner", "prepare", "units"},
     "session": {
-        "backends", "checkpoint", "data", "errors", "guard", "job", "methods", "outcome", "planner", "prepare",
-        "replay", "report", "store", "trainer",
+        "backends", "caching", "checkpoint", "cost", "data", "errors", "features", "guard", "job", "methods", "outcome", "planner", "prepare",
+        "replay", "report", "settings", "store", "trainer", "units",
     },
     "run": {
         "backends", "checkpoint", "devices", "errors", "guard", "job", "memory", "prepare", "report", "session",
-        "settings", "system", "store", "vit",
+        "settings", "splits", "system", "store", "vit",
     },
     # What people type.
     "cli": {

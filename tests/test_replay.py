@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jobs import copy_of, make_job
 
-from edgetune import trainer
+from edgetune import caching
 from edgetune.errors import DataError, DoesNotFit
 from edgetune.job import Interruption, NoMemory, StepEvent
 from edgetune.planner import Plan
@@ -206,7 +206,7 @@ def test_memory_that_runs_out_while_images_are_loaded_counts(
     image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm = Try(image_folder).train()
-    short, loads, load_batch = Try(image_folder), [0], trainer.load_batch
+    short, loads, load_batch = Try(image_folder), [0], caching.load_batch
 
     def load(*args: Any, **more: Any) -> Any:
         loads[0] += 1
@@ -214,7 +214,7 @@ def test_memory_that_runs_out_while_images_are_loaded_counts(
             raise MemoryError("no room for pictures")
         return load_batch(*args, **more)
 
-    monkeypatch.setattr(trainer, "load_batch", load)
+    monkeypatch.setattr(caching, "load_batch", load)
     short.train()
     assert short.backend.seen == calm.backend.seen
     assert len(short.followed) == 2

@@ -143,7 +143,7 @@ def test_a_broken_model_never_becomes_the_best(image_folder: Path) -> None:
     job, watcher, _ = make_job(image_folder, epochs=2)
     assert isinstance(job.backend, FakeBackend)
     backend, kept = job.backend, []
-    job.keep_best = lambda: kept.append(job.state.step)
+    job.keep_best = lambda _tokens: kept.append(job.state.step)
     original = watcher.evaluated
 
     def poison(step: int, epoch: float, scores: Scores, best: bool) -> None:
