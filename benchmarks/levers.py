@@ -51,7 +51,18 @@ def run(arguments: list[str], epochs: int, seed: int) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "run")
         command = [sys.executable, "-m", "edgetune", "finetune", "--device", "jetson-nano", "--json", "--quiet"]
-        command += ["--epochs", str(epochs), "--seed", str(seed), "--threads", "1", "--output", str(output), *arguments]
+        command += [
+            "--no-cache",
+            "--epochs",
+            str(epochs),
+            "--seed",
+            str(seed),
+            "--threads",
+            "1",
+            "--output",
+            str(output),
+            *arguments,
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr}")

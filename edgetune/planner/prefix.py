@@ -52,7 +52,13 @@ def cached_prefix(request: PlanRequest, lossy: Lossy) -> CachedPrefix | None:
 
 def pays(request: PlanRequest, cache: CacheRequest) -> bool:
     """Whether images are seen more often than they are put through the prefix for the cache."""
-    return cache.steps * request.batch_size > cache.train_images * cache.views
+    return images_seen(request, cache) > cache.train_images * cache.views
+
+
+def images_seen(request: PlanRequest, cache: CacheRequest) -> int:
+    """Over the whole run, each as often as it is seen: the last batch of an epoch may be a short one."""
+    epochs, steps = divmod(cache.steps, -(-cache.train_images // request.batch_size))
+    return epochs * cache.train_images + min(steps * request.batch_size, cache.train_images)
 
 
 def entry_bytes(tokens: int, width: int, float_bytes: int) -> int:
@@ -99,7 +105,7 @@ def views_that_fit(request: PlanRequest, cache: CacheRequest) -> int:
     """How many views of each image the limit has room for: at most MAX_VIEWS, and half as many as an image is seen."""
     shape = request.shape
     each = entry_bytes(shape.all_tokens, shape.width, cache.float_bytes)
-    seen = cache.steps * request.batch_size // max(1, cache.train_images)
+    seen = images_seen(request, cache) // cache.train_images
     most = min(MAX_VIEWS, max(1, seen // 2))
     if cache.limit_bytes is None:
         return most
