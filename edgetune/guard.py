@@ -31,6 +31,8 @@ from edgetune.units import MIB
 UNCOUNTED_BYTES = 6 * MIB
 # What is left of the predicted growth each time that memory ran out all the same.
 TIGHTENED_SHARE = 0.8
+# What is over once a run trains: what these took bounds nothing any more.
+PAST = ("load", "look", "cache")
 # What makes one plan need less than another.
 CHOICES = (
     "split_block", "trained_blocks", "token_ceiling", "embeddings_train", "keeps_state", "micro_batch", "recompute",
@@ -69,8 +71,7 @@ class Guard:
         Raises: DoesNotFit if this plan is the least.
         """
         runtime, phases = current.runtime_bytes, current.predicted_phase_bytes
-        # The model is loaded: what that took bounds nothing any more.
-        growth = max((size for phase, size in phases.items() if phase != "load"), default=runtime) - runtime
+        growth = max((size for phase, size in phases.items() if phase not in PAST), default=runtime) - runtime
         room = _added_bytes(self.judge, self.meter) + room_bytes() - UNCOUNTED_BYTES
         splits = tuple(split for split in request.space.splits if split >= current.split_block)
         request = msgspec.structs.replace(
@@ -89,10 +90,8 @@ class Guard:
             found = plan(msgspec.structs.replace(request, cap_bytes=error.smallest_cap_bytes))
             if all(getattr(found, name) == getattr(current, name) for name in CHOICES):
                 raise
-        phases = {
-            phase: phases.get(phase, size) if phase == "load" else size
-            for phase, size in found.predicted_phase_bytes.items()
-        }
+        past = {phase: size for phase, size in phases.items() if phase in PAST}
+        phases = found.predicted_phase_bytes | past
         return msgspec.structs.replace(
             found,
             cap_bytes=current.cap_bytes,

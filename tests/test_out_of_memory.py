@@ -332,8 +332,8 @@ def test_a_machine_with_nothing_left_stops_the_run_until_there_is(
         (prepare, "open_folder", "before the model was loaded", MemoryError()),
         (prepare, "make_plan", "before the model was loaded", MemoryError()),
         (run, "build", "loading the model", RuntimeError(WORDS)),
-        (run, "write_start", "loading the model", MemoryError()),
-        (store, "save_base", "loading the model", OSError(errno.ENOMEM, "Cannot allocate memory")),
+        (run, "write_start", "writing the run folder", MemoryError()),
+        (store, "save_base", "writing the run folder", OSError(errno.ENOMEM, "Cannot allocate memory")),
         (TorchBackend, "reserve", "making the optimizer's state", RuntimeError(WORDS)),
     ],
 )

@@ -97,8 +97,8 @@ def _forward_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
 def caching_live_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
     """While the cache is made: the whole model, no optimizer state yet, and what waits to be written."""
     prefix = cached_prefix(request, lossy)
-    if prefix is None:
-        return 0
+    if prefix is None or (request.cache is not None and request.cache.blocks is not None):
+        return 0  # there is none, or it is there
     out = 2 * batch * request.shape.all_tokens * prefix.width * FLOAT_BYTES
     return _loaded_bytes(request, lossy) + _forward_bytes(request, lossy, batch) + out + WRITE_BYTES
 
@@ -152,7 +152,7 @@ def phases(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> dict
     batch = evaluation_batch(request, lossy, training_live_bytes)
     live = other_live_bytes(request, lossy)
     live |= {"train": training_live_bytes, "evaluate": evaluation_live_bytes(request, lossy, batch)}
-    if cached_prefix(request, lossy) is not None:
+    if caching_live_bytes(request, lossy, 1):
         live["cache"] = caching_live_bytes(request, lossy, cache_batch(request, lossy, training_live_bytes))
     alone = trains_head_alone(request.space)
     return {phase: process_bytes(request.runtime_bytes, size, head_alone=alone) for phase, size in live.items()}
