@@ -34,7 +34,7 @@ test: setup lint test-pythons
 test-fast: setup
 	$(BIN)/python -m pytest -q -m "not slow"
 
-# The core needs no torch: its tests run on every Python that is found and runs.
+# The core needs no torch: its tests run on the oldest and the newest Python that is found and runs.
 test-pythons: setup
 	$(BIN)/python tools/test_pythons.py
 

@@ -1,4 +1,5 @@
-"""Run the torch-free tests on every Python 3.10 or newer that is found and runs, each in a venv of its own without torch.
+"""Run the torch-free tests on the oldest and the newest Python from 3.10 on that are found and run (`--all`: on every one),
+each in a venv of its own without torch.
 
 Tests that need torch skip themselves there. Venvs are kept in `.venv/pythons` and reused.
 """
@@ -57,7 +58,13 @@ def environment(version: tuple[int, int], python: Path) -> Path:
 
 def main() -> int:
     failed = []
-    for version, python in find_pythons().items():
+    found = find_pythons()
+    ends = (
+        found.items()
+        if "--all" in sys.argv[1:]
+        else [item for item in found.items() if item[0] in (min(found), max(found))]
+    )
+    for version, python in ends:
         label = f"Python {version[0]}.{version[1]}"
         print(f"== torch-free core on {label} ({python})", flush=True)
         own = environment(version, python)
