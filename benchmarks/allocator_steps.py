@@ -90,7 +90,7 @@ def take_steps(job: Job) -> Sample:
     from edgetune.backends import pytorch
     from edgetune.cost import Selection
     from edgetune.optim import OptimizerSettings
-    from edgetune.vit.loop import shape_of
+    from edgetune.vit.shape import shape_of
     from edgetune.vit.models import ModelSource, load_model
 
     torch.set_num_threads(1)

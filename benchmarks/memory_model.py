@@ -33,7 +33,7 @@ from edgetune.backends.pytorch import TorchBackend, without_onednn
 from edgetune.cost import Recompute, Selection, StepCost, StepSetup, ViTShape
 from edgetune.optim import OptimizerName, OptimizerSettings
 from edgetune.units import MIB
-from edgetune.vit.loop import shape_of
+from edgetune.vit.shape import shape_of
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("deit_tiny_patch16_224", {}),

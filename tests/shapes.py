@@ -53,7 +53,7 @@ def make_shape(
         qk_norm=qk_norm,
         pre_norm=pre_norm,
         gated_mlp=gated_mlp,
-        **({"hidden_layers": 4 if gated_mlp else 2} | others),
+        **others,
     )
 
 

@@ -24,7 +24,7 @@ from edgetune.backends.pytorch import without_onednn
 from edgetune.cost import Recompute, Selection, ViTShape
 from edgetune.optim import OptimizerName
 from edgetune.planner import ceilings
-from edgetune.vit.loop import shape_of
+from edgetune.vit.shape import shape_of
 
 Build = Callable[..., VisionTransformer]
 slow = pytest.mark.slow

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from edgetune.cost.blocks import BlockWalk, block_walk
-from edgetune.cost.ends import embed_backward, embed_forward, head_backward, head_forward, input_bytes
+from edgetune.cost.blocks import BlockWalk, block_walk, probed_walk
+from edgetune.cost.ends import embed_walk, evaluated_head_bytes, head_walk, input_bytes
 from edgetune.cost.flops import step_flops
 from edgetune.cost.tape import FLOAT_BYTES, Mode, Tape
 from edgetune.cost.values import BlockState, Recompute, Selection, StepCost, ViTShape, block_states
@@ -88,14 +88,10 @@ def step_frame(
     if mode.updates_in_backward:
         tape.take(scratch)
     before = tape.live
-    embed_forward(tape, shape, batch, keeps=embeddings_train)
-    head = Tape()
-    head_forward(head, shape, last_tokens, batch)
-    head_kept = head.live
-    head_backward(head, shape, last_tokens, batch, mode, inner=trained_blocks > 0 or embeddings_train)
-    embed = Tape()
-    if embeddings_train:
-        embed_backward(embed, shape, batch, mode)
+    embed = embed_walk(shape, batch, mode, keeps=embeddings_train)
+    tape.touch(embed.forward_peak)
+    tape.take(embed.kept)
+    head = head_walk(shape, last_tokens, batch, mode, inner=trained_blocks > 0 or embeddings_train)
     return Frame(
         weights=weights,
         state=state,
@@ -104,10 +100,10 @@ def step_frame(
         before=before,
         start=tape.live,
         start_peak=tape.peak,
-        head_kept=head_kept,
-        head_peak=head.peak,
-        head_left=head.live,
-        embed_peak=embed.peak,
+        head_kept=head.kept,
+        head_peak=max(head.forward_peak, head.kept + head.backward_peak),
+        head_left=head.left,
+        embed_peak=embed.backward_peak,
         update_peak=0 if mode.updates_in_backward else resting + gradients + scratch,
     )
 
@@ -129,7 +125,13 @@ def placed_walk(
     trained = state is BlockState.TRAINED
     # What a block that makes no gradient of its own holds does not depend on what is done with them.
     mode = setup.mode if trained else Mode(threads=setup.threads, half_weights=block < setup.half_blocks)
-    walk = block_walk(shape, state, level, came, after if prunes else None, batch, lowest, mode)
+    part = shape.probed_block(block)
+    if part is not None:
+        prefix = shape.prefix_tokens
+        leaving = after + prefix if prunes else None
+        walk = probed_walk(part, state, level, came + prefix, leaving, batch, lowest, mode)
+    else:
+        walk = block_walk(shape, state, level, came, after if prunes else None, batch, lowest, mode)
     beside = _DELTA_COPIES * batch * shape.width * FLOAT_BYTES
     moved = batch * (after - came) * shape.width * FLOAT_BYTES
     return walk._replace(forward_peak=walk.forward_peak + beside, kept=walk.kept + moved)
@@ -218,9 +220,13 @@ def evaluation_peak_bytes(shape: ViTShape, batch: int, *, threads: int = 1, half
     """Live bytes of a forward pass on all tokens without gradient, above weights and optimizer state."""
     tape = Tape()
     tape.take(input_bytes(shape, batch))
-    embed_forward(tape, shape, batch, keeps=False)
     mode = Mode(threads=threads, half_weights=half_blocks > 0)
-    walk = block_walk(shape, BlockState.BELOW, Recompute.NOTHING, shape.patch_tokens, None, batch, False, mode)
-    tape.touch(walk.forward_peak)
-    tape.touch(batch * (shape.all_tokens * (shape.width + 2) + 2 * shape.classes) * FLOAT_BYTES)
+    embed = embed_walk(shape, batch, mode, keeps=False)
+    tape.touch(embed.forward_peak)
+    tape.take(embed.kept)
+    below, nothing = BlockState.BELOW, Recompute.NOTHING
+    walks = [probed_walk(part, below, nothing, shape.all_tokens, None, batch, False, mode) for part in shape.probed_blocks]
+    walks = walks or [block_walk(shape, below, nothing, shape.patch_tokens, None, batch, False, mode)]
+    tape.touch(max(walk.forward_peak for walk in walks))
+    tape.touch(evaluated_head_bytes(shape, batch, mode))
     return tape.peak
