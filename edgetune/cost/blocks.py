@@ -109,7 +109,8 @@ def probed_walk(
             lowest=lowest and trained,
             gradients=mode.gradients_way if trained else 0,
             half=mode.half_weights and state is BlockState.BELOW,
-        )
+        ),
+        batch,
     )
     of = amounts(batch, tokens, tokens if leaving is None else leaving, 0, mode.threads)
     return BlockWalk(

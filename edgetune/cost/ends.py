@@ -129,10 +129,10 @@ def evaluated_head_bytes(shape: ViTShape, batch: int, mode: Mode) -> int:
     """The most that final norm and classifier hold where nothing is kept."""
     if shape.probed_head is not None:
         of = amounts(batch, shape.all_tokens, 0, shape.classes, mode.threads)
-        return most(shape.probed_head.walk(part_way(keeps=False)).forward, of)
+        return most(shape.probed_head.walk(part_way(keeps=False), batch).forward, of)
     return batch * (shape.all_tokens * (shape.width + 2) + 2 * shape.classes) * FLOAT_BYTES
 
 
 def _probed(part: ProbedPart, way: int, of: Bytes) -> EndWalk:
-    walk = part.walk(way)
+    walk = part.walk(way, of.image)
     return EndWalk(most(walk.forward, of), total(walk.kept, of), most(walk.backward, of), total(walk.left, of))

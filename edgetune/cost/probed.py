@@ -88,18 +88,22 @@ class ProbedWalk(msgspec.Struct, frozen=True, cache_hash=True):
 
 
 class ProbedPart(msgspec.Struct, frozen=True, cache_hash=True):
-    """A part in all the ways that it can run, each under its number, and its parameters' shapes."""
+    """A part in all the ways that it can run, each under its number, and its parameters' shapes.
+
+    `alone`: the same of a single image, where that is laid out otherwise than several are.
+    """
 
     ways: tuple[tuple[int, ProbedWalk], ...]
     parameters: tuple[tuple[int, ...], ...] = ()
+    alone: tuple[tuple[int, ProbedWalk], ...] = ()
 
-    def walk(self, way: int) -> ProbedWalk:
-        return _ways(self)[way]
+    def walk(self, way: int, batch: int) -> ProbedWalk:
+        return _ways(self, batch == 1 and bool(self.alone))[way]
 
 
 @lru_cache(maxsize=64)
-def _ways(part: ProbedPart) -> dict[int, ProbedWalk]:
-    return dict(part.ways)
+def _ways(part: ProbedPart, alone: bool) -> dict[int, ProbedWalk]:
+    return dict(part.alone if alone else part.ways)
 
 
 def part_way(*, keeps: bool, inner: bool = False, gradients: int = 0) -> int:

@@ -79,7 +79,6 @@ def update_scratch_bytes(shape: ViTShape, optimizer: OptimizerName, any_block: b
         candidates += block_matrices(shape) if not shape.probed_blocks else _block_tensors(shape)
     if embeddings_train:
         candidates += _embed_tensors(shape)
-    return FLOAT_BYTES * max(
-        scratch_floats(optimizer, candidate, decayed=True) + transient_floats(optimizer, candidate)
-        for candidate in candidates
-    )
+    # A step reserves the largest scratch; any parameter's update may then take more beside it for an instant.
+    scratch = max(scratch_floats(optimizer, candidate, decayed=True) for candidate in candidates)
+    return FLOAT_BYTES * (scratch + max(transient_floats(optimizer, candidate) for candidate in candidates))

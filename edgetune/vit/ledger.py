@@ -7,7 +7,7 @@ factors what it grows with. What a CPU kernel takes inside itself is not seen th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -25,9 +25,11 @@ aten = torch.ops.aten
 
 
 class Dimensions:
-    """The sizes that are unknown: all tokens, those that leave, each with and without prefix tokens."""
+    """The sizes that are unknown: images, all tokens, those that leave, each with and without prefix tokens."""
 
-    def __init__(self, prefix_tokens: int) -> None:
+    def __init__(self, prefix_tokens: int, images: int = IMAGES) -> None:
+        self.prefix_tokens, self.images = prefix_tokens, images
+        self._found: dict[int, Bytes] = {}
         token = Bytes(token=1), Bytes(leaving=1)
         self._tokens = [
             (size - without, unit, without)
@@ -37,8 +39,14 @@ class Dimensions:
 
     def bytes_of(self, size: int) -> Bytes:
         """A tensor's bytes, by what they grow with."""
-        image = size % IMAGES == 0 and size > 0
-        size //= IMAGES if image else 1
+        found = self._found.get(size)
+        if found is None:
+            found = self._found[size] = self._split(size)
+        return found
+
+    def _split(self, size: int) -> Bytes:
+        image = size % self.images == 0 and size > 0
+        size //= self.images if image else 1
         if size and size % CLASSES == 0:
             size //= CLASSES
             return Bytes(logits=size) if image else Bytes(classes=size)
@@ -102,14 +110,15 @@ class Ledger(TorchDispatchMode):
             return args[0]
         answer = _ANSWERS.get(packet)
         result = answer(*args, **kwargs) if answer is not None else func(*args, **kwargs)
+        before = self.live
         for tensor in _tensors(result):
             self.take(tensor)
         rule = _SCRATCH.get(packet)
-        if rule is None:
-            self.tops.append(self.live)
-        else:
+        if rule is not None:
             for scratch in rule(self._dimensions, args, result):
                 self.tops.append(added(self.live, scratch))
+        elif self.live is not before:
+            self.tops.append(self.live)
         return result
 
 
@@ -146,7 +155,7 @@ def fused_attention() -> Iterator[None]:
     own = functional.scaled_dot_product_attention
 
     def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False, scale: Any = None, **others: Any) -> Tensor:
-        if dropout_p or others.get("enable_gqa"):  # what the kernel has not
+        if dropout_p or others.get("enable_gqa") or q.shape[-1] != v.shape[-1]:  # what the kernel has not
             return own(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, **others)
         fused = aten._scaled_dot_product_flash_attention_for_cpu
         output: Tensor = fused(q, k, v, 0.0, is_causal, attn_mask=attn_mask, scale=scale)[0]
@@ -171,7 +180,27 @@ def _attention_backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: A
     return tuple(torch.empty(each.shape, device="meta", dtype=each.dtype) for each in (q, k, v))
 
 
+def _layout(images: Tensor) -> torch.memory_format:
+    """The layout in which a convolution reads its images and writes its output."""
+    last = images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not images.is_contiguous() else torch.contiguous_format
+
+
+def _convolved(images: Tensor, kernel: Tensor, *others: Any, **named: Any) -> Tensor:
+    output: Tensor = aten.convolution.default(images, kernel, *others, **named)
+    return torch.empty_like(output, memory_format=_layout(images))
+
+
+def _convolved_backward(gradient: Tensor, images: Tensor, *others: Any, **named: Any) -> list[Tensor | None]:
+    made = list(aten.convolution_backward.default(gradient, images, *others, **named))
+    if made[0] is not None:
+        made[0] = torch.empty_like(made[0], memory_format=_layout(images))
+    return made
+
+
 _ANSWERS = {
+    aten.convolution: _convolved,
+    aten.convolution_backward: _convolved_backward,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -180,11 +209,11 @@ _ANSWERS = {
 # What they take inside
 
 
-def _copies(dimensions: Dimensions, *tensors: Any) -> Bytes:
+def _copies(dimensions: Dimensions, *tensors: Any, layout: torch.memory_format = torch.contiguous_format) -> Bytes:
     """Of tensors that a kernel lays out anew before it reads them."""
     found = Bytes()
     for tensor in tensors:
-        if isinstance(tensor, Tensor) and not tensor.is_contiguous():
+        if isinstance(tensor, Tensor) and not tensor.is_contiguous(memory_format=layout):
             found = added(found, dimensions.bytes_of(tensor.numel() * tensor.element_size()))
     return found
 
@@ -197,6 +226,40 @@ def _layer_norm_backward(dimensions: Dimensions, args: Any, _result: Any) -> lis
     copies = _copies(dimensions, args[0], args[1])
     # A thread's sums for the weight's and the bias's gradient.
     return [copies._replace(thread=copies.thread + 2 * prod(args[2]) * 4)]
+
+
+def _convolution(dimensions: Dimensions, args: Any, result: Any) -> list[Bytes]:
+    images, kernel, groups = args[0], args[1], args[8]
+    return [_columns(dimensions, images, kernel, result, args[3], args[4], groups, [result])]
+
+
+def _convolution_backward(dimensions: Dimensions, args: Any, result: Any) -> list[Bytes]:
+    gradient, images, kernel, groups = args[0], args[1], args[2], args[9]
+    found = _columns(dimensions, images, kernel, gradient, args[4], args[5], groups, _tensors(result[:2]))
+    return [added(found, _copies(dimensions, gradient, layout=_layout(images)))]
+
+
+def _columns(
+    dimensions: Dimensions,
+    images: Tensor,
+    kernel: Tensor,
+    output: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    made: Iterable[Tensor],
+) -> Bytes:
+    """The images laid out as a matrix of patches, of all images at once; groups one after another, then joined."""
+    if groups > 1:
+        found = Bytes()
+        for each in made:
+            found = added(found, dimensions.bytes_of(each.numel() * 4))
+        return found
+    copies = _copies(dimensions, images, layout=_layout(images))
+    if all(side == 1 for side in (*kernel.shape[2:], *stride)) and not any(padding):
+        return copies
+    columns = images.shape[0] * prod(kernel.shape[1:]) * prod(output.shape[2:])
+    return added(copies, dimensions.bytes_of(columns * 4))
 
 
 def _attention_scratch(dimensions: Dimensions, args: Any, _result: Any) -> list[Bytes]:
@@ -215,7 +278,14 @@ def _fused(q: Tensor, scores: int, rows: int) -> Bytes:
     return Bytes(thread=4 * q.shape[2] * (512 * scores + rows))
 
 
+def _safe_softmax(dimensions: Dimensions, args: Any, result: Any) -> list[Bytes]:
+    return [dimensions.bytes_of(result.numel())]  # a byte for each score: whether it is masked
+
+
 _SCRATCH: dict[Any, Any] = {
+    aten._safe_softmax: _safe_softmax,
+    aten.convolution: _convolution,
+    aten.convolution_backward: _convolution_backward,
     aten.native_layer_norm: _norm,
     aten.native_layer_norm_backward: _layer_norm_backward,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_scratch,

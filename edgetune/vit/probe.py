@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,37 +28,56 @@ RunBlock = Callable[[nn.Module, Tensor, int, int, Recompute], Tensor]
 _GRADIENTS = range(3)  # they stay, are added to others, are used up
 
 
-def probe_block(block: nn.Module, run: RunBlock, width: int, prefix_tokens: int, *, prunes: bool, has_half: bool) -> ProbedPart:
-    """A block in every way that a step may run it. `run`: as `loop.run_block`."""
+def probe_block(
+    block: nn.Module, run: RunBlock, width: int, prefix_tokens: int, *, prunes: bool, has_half: bool
+) -> ProbedPart:
+    """A block in every way that a step may run it. `run`: as `loop.run_block`; `prunes`: tokens may be dropped after it.
+
+    `has_half`: its MLP half can be recomputed by itself.
+    """
+    ways = _block_ways(block, run, width, Dimensions(prefix_tokens), prunes=prunes, has_half=has_half)
+    alone = ()
+    if any(each.pair for _, walk in ways for each in walk.forward):
+        # Whole attention matrices are made by products that lay several images out anew, and one not.
+        alone = _block_ways(block, run, width, Dimensions(prefix_tokens, 1), prunes=prunes, has_half=has_half)
+    return ProbedPart(ways, _shapes(block), alone)
+
+
+def _block_ways(
+    block: nn.Module, run: RunBlock, width: int, dimensions: Dimensions, *, prunes: bool, has_half: bool
+) -> tuple[tuple[int, ProbedWalk], ...]:
     levels = [level for level in Recompute if has_half or level is not Recompute.MLP]
+    prefix = dimensions.prefix_tokens
+    stream, random = Bytes(token=width * FLOAT_BYTES), Bytes(once=RANDOM_STATE_BYTES)
+    whole, halved = _on_meta(block), _on_meta(block)
+    store_half(SimpleNamespace(blocks=[halved]), 1)  # type: ignore[arg-type]
+    weights = Bytes(once=sum(parameter.numel() for parameter in block.parameters()) * FLOAT_BYTES)
     ways: dict[int, ProbedWalk] = {}
 
-    def add(state: BlockState, level: Recompute, pruned: bool, *, lowest: bool = False, gradients: int = 0, half: bool = False) -> None:
-        own = _on_meta(block)
-        if half:
-            store_half(SimpleNamespace(blocks=[own]), 1)  # type: ignore[arg-type]
-        leaving = (LEAVING if pruned else TOKENS) - prefix_tokens
+    def add(
+        state: BlockState, level: Recompute, pruned: bool, lowest: bool = False, gradients: int = 0, half: bool = False
+    ) -> None:
+        own, leaving = halved if half else whole, (LEAVING if pruned else TOKENS) - prefix
         trained = state is BlockState.TRAINED
         _set(own, trained)
         walk = _probe(
-            lambda tokens: run(own, tokens, leaving, prefix_tokens, level),
+            lambda tokens: run(own, tokens, leaving, prefix, level),
             own,
-            (IMAGES, TOKENS, width),
-            Dimensions(prefix_tokens),
+            (dimensions.images, TOKENS, width),
+            dimensions,
             keeps=state is not BlockState.BELOW,
             inner=state is not BlockState.BELOW and not lowest,
             gradients=gradients,
         )
-        stream = Bytes(token=width * FLOAT_BYTES)
+        # What is live at the end is the output and what lies in between; at the start the input was live.
         out = Bytes(leaving=width * FLOAT_BYTES) if pruned else stream
         kept = added(added(walk.kept, stream), out, -1)
-        random = Bytes(once=RANDOM_STATE_BYTES if trained and level is not Recompute.NOTHING else 0)
-        size = sum(parameter.numel() for parameter in own.parameters()) * FLOAT_BYTES
+        beside = random if trained and level is not Recompute.NOTHING else Bytes()
         ways[block_way(state, level, pruned=pruned, lowest=lowest, gradients=gradients, half=half)] = ProbedWalk(
-            tuple(added(each, random) for each in walk.forward),
-            added(kept, random),
-            tuple(added(each, random) for each in walk.backward),
-            Bytes(once=size if trained and not gradients else 0),
+            tuple(added(each, beside) for each in walk.forward),
+            added(kept, beside),
+            tuple(added(each, beside) for each in walk.backward),
+            weights if trained and not gradients else Bytes(),
         )
 
     for pruned in (False, True) if prunes else (False,):
@@ -65,10 +85,9 @@ def probe_block(block: nn.Module, run: RunBlock, width: int, prefix_tokens: int,
             add(BlockState.BELOW, Recompute.NOTHING, pruned, half=half)
         for level in levels:
             add(BlockState.ON_PATH, level, pruned)
-            for gradients in _GRADIENTS:
-                for lowest in (False, True):
-                    add(BlockState.TRAINED, level, pruned, lowest=lowest, gradients=gradients)
-    return ProbedPart(tuple(sorted(ways.items())), _shapes(block))
+            for gradients, lowest in product(_GRADIENTS, (False, True)):
+                add(BlockState.TRAINED, level, pruned, lowest, gradients)
+    return tuple(sorted(ways.items()))
 
 
 def probe_embed(model: nn.Module, run: Callable[[Any, Tensor], Tensor], image_px: tuple[int, int]) -> ProbedPart:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from timm.layers import GELUTanh, LayerScale, Mlp, PatchEmbed
@@ -10,7 +11,7 @@ from torch import nn
 
 from edgetune.cost import ViTShape
 from edgetune.cost.probed import ProbedPart
-from edgetune.vit.loop import embed, named_regions, run_block
+from edgetune.vit.loop import EMBEDDING_NAMES, embed, named_regions, region_of, run_block
 from edgetune.vit.probe import probe_block, probe_embed, probe_head
 from edgetune.vit.recompute import has_mlp_half
 
@@ -62,9 +63,9 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
         pre_norm=not isinstance(model.norm_pre, nn.Identity),
         gated_mlp=gated,
         mlp_half=has_mlp_half(block),
-        probed_embed=None if _plain_embed(model) else probe_embed(model, embed, image_px),
-        probed_head=None if _plain_head(model) else probe_head(model, model.num_prefix_tokens),
-        probed_blocks=tuple(_probed(model, first) for first in dict.fromkeys(kinds)) if probed else (),
+        probed_embed=None if _plain_embed(model) else _probed_embed(model, image_px),
+        probed_head=None if _plain_head(model) else _probed_head(model),
+        probed_blocks=tuple(_probed_block(model, first) for first in dict.fromkeys(kinds)) if probed else (),
         block_kinds=tuple(list(dict.fromkeys(kinds)).index(kind) for kind in kinds) if probed else (),
         embed_parameters=counts["embeddings"],
         block_parameters=max(blocks),
@@ -73,17 +74,40 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
     )
 
 
-def _probed(model: VisionTransformer, block: int) -> ProbedPart:
-    chosen = model.blocks[block]
-    prunes = bool(model.has_class_token) and isinstance(getattr(chosen, "attn", None), Attention)
-    return probe_block(
-        chosen,
-        run_block,
-        model.embed_dim,
-        model.num_prefix_tokens,
-        prunes=prunes,
-        has_half=has_mlp_half(chosen),
+# A run describes its model more than once, and a probe takes a second.
+_found: dict[Any, ProbedPart] = {}
+
+
+def _once(what: Any, find: Callable[[], ProbedPart]) -> ProbedPart:
+    if what not in _found:
+        _found[what] = find()
+    return _found[what]
+
+
+def _probed_block(model: VisionTransformer, number: int) -> ProbedPart:
+    block, prefix = model.blocks[number], model.num_prefix_tokens
+    prunes = bool(model.has_class_token) and isinstance(getattr(block, "attn", None), Attention)
+    half = has_mlp_half(block)
+    return _once(
+        (repr(block), _built(block), prefix, prunes),
+        lambda: probe_block(block, run_block, model.embed_dim, prefix, prunes=prunes, has_half=half),
     )
+
+
+def _probed_embed(model: VisionTransformer, image_px: tuple[int, int]) -> ProbedPart:
+    outer = [(name, repr(module)) for name, module in model.named_children() if name in EMBEDDING_NAMES]
+    tensors = [tuple(parameter.shape) for region, _, parameter in named_regions(model) if region == "embeddings"]
+    what = (str(outer), tuple(tensors), model.no_embed_class, image_px)
+    return _once(what, lambda: probe_embed(model, embed, image_px))
+
+
+def _probed_head(model: VisionTransformer) -> ProbedPart:
+    outer = [(name, repr(module)) for name, module in model.named_children() if region_of(name) == "head"]
+    prefix = model.num_prefix_tokens
+    # Classes are what its figures grow with, and not in them.
+    what = (repr([each for each in outer if not each[0].startswith("head")]), str(type(model)), prefix, model.embed_dim)
+    what = (*what, repr(model.head_drop), model.global_pool, model.pool_include_prefix)
+    return _once(what, lambda: probe_head(model, prefix))
 
 
 def _first_alike(blocks: nn.Module) -> list[int]:
