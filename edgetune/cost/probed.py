@@ -52,7 +52,7 @@ def total(found: Bytes, of: Bytes) -> int:
 
 
 def most(found: tuple[Bytes, ...], of: Bytes) -> int:
-    """The largest of them, not less than 0."""
+    """The largest of them; 0 where there are none."""
     return max((total(each, of) for each in found), default=0)
 
 

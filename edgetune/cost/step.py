@@ -81,10 +81,12 @@ def step_frame(
     gradients = FLOAT_BYTES * trained_parameters(shape, trained_blocks, embeddings_train)
     scratch = update_scratch_bytes(shape, setup.optimizer, trained_blocks > 0, embeddings_train)
     resting = weights + state + input_bytes(shape, batch)
+    # Of one image, a prefix token's gradient is a view of all tokens', which it keeps.
+    viewed = shape.all_tokens * shape.width * FLOAT_BYTES if embeddings_train and batch == 1 else 0
     tape = Tape()
     tape.take(resting)
     if mode.accumulates:
-        tape.take(gradients)  # of the micro-batches before
+        tape.take(gradients + viewed)  # of the micro-batches before
     if mode.updates_in_backward:
         tape.take(scratch)
     before = tape.live
@@ -104,7 +106,7 @@ def step_frame(
         head_peak=max(head.forward_peak, head.kept + head.backward_peak),
         head_left=head.left,
         embed_peak=embed.backward_peak,
-        update_peak=0 if mode.updates_in_backward else resting + gradients + scratch,
+        update_peak=0 if mode.updates_in_backward else resting + gradients + viewed + scratch,
     )
 
 

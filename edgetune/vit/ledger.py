@@ -255,7 +255,8 @@ def _columns(
         for each in made:
             found = added(found, dimensions.bytes_of(each.numel() * 4))
         return found
-    copies = _copies(dimensions, images, layout=_layout(images))
+    layout = _layout(images)
+    copies = _copies(dimensions, images, *([kernel] if layout is torch.channels_last else []), layout=layout)
     if all(side == 1 for side in (*kernel.shape[2:], *stride)) and not any(padding):
         return copies
     columns = images.shape[0] * prod(kernel.shape[1:]) * prod(output.shape[2:])
