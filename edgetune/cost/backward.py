@@ -103,4 +103,3 @@ def block_backward(
     if level is Recompute.BLOCK and trained:
         tape.free(RANDOM_STATE_BYTES)
     return weights.bytes
-

@@ -227,7 +227,9 @@ def evaluation_peak_bytes(shape: ViTShape, batch: int, *, threads: int = 1, half
     tape.touch(embed.forward_peak)
     tape.take(embed.kept)
     below, nothing = BlockState.BELOW, Recompute.NOTHING
-    walks = [probed_walk(part, below, nothing, shape.all_tokens, None, batch, False, mode) for part in shape.probed_blocks]
+    walks = [
+        probed_walk(part, below, nothing, shape.all_tokens, None, batch, False, mode) for part in shape.probed_blocks
+    ]
     walks = walks or [block_walk(shape, below, nothing, shape.patch_tokens, None, batch, False, mode)]
     tape.touch(max(walk.forward_peak for walk in walks))
     tape.touch(evaluated_head_bytes(shape, batch, mode))

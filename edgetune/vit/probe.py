@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from edgetune.cost import BlockState, Recompute
 from edgetune.cost.probed import Bytes, ProbedPart, ProbedWalk, added, block_way, largest, part_way
 from edgetune.cost.tape import FLOAT_BYTES, RANDOM_STATE_BYTES
+from edgetune.vit.dimensions import CLASSES, IMAGES, LEAVING, TOKENS, Dimensions
 from edgetune.vit.half import store_half
-from edgetune.vit.ledger import CLASSES, IMAGES, LEAVING, TOKENS, Dimensions, Ledger, fused_attention
+from edgetune.vit.kernels import fused_attention
+from edgetune.vit.ledger import Ledger
 
 RunBlock = Callable[[nn.Module, Tensor, int, int, Recompute], Tensor]
 _GRADIENTS = range(3)  # they stay, are added to others, are used up
@@ -36,7 +38,7 @@ def probe_block(
     `has_half`: its MLP half can be recomputed by itself.
     """
     ways = _block_ways(block, run, width, Dimensions(prefix_tokens), prunes=prunes, has_half=has_half)
-    alone = ()
+    alone: tuple[tuple[int, ProbedWalk], ...] = ()
     if any(each.pair for _, walk in ways for each in walk.forward):
         # Whole attention matrices are made by products that lay several images out anew, and one not.
         alone = _block_ways(block, run, width, Dimensions(prefix_tokens, 1), prunes=prunes, has_half=has_half)
@@ -50,7 +52,7 @@ def _block_ways(
     prefix = dimensions.prefix_tokens
     stream, random = Bytes(token=width * FLOAT_BYTES), Bytes(once=RANDOM_STATE_BYTES)
     whole, halved = _on_meta(block), _on_meta(block)
-    store_half(SimpleNamespace(blocks=[halved]), 1)  # type: ignore[arg-type]
+    store_half(SimpleNamespace(blocks=[halved]), 1)
     weights = Bytes(once=sum(parameter.numel() for parameter in block.parameters()) * FLOAT_BYTES)
     ways: dict[int, ProbedWalk] = {}
 
@@ -127,7 +129,10 @@ def probe_head(model: Any, prefix_tokens: int) -> ProbedPart:
         return nn.functional.cross_entropy(logits(tokens), target, reduction="sum")
 
     ways = {}
-    for keeps, inner, gradients in ((False, False, 0), *((True, inner, each) for inner in (False, True) for each in _GRADIENTS)):
+    for keeps, inner, gradients in (
+        (False, False, 0),
+        *((True, inner, each) for inner in (False, True) for each in _GRADIENTS),
+    ):
         _set(own, keeps)
         ways[part_way(keeps=keeps, inner=inner, gradients=gradients)] = _probe(
             loss if keeps else logits,
@@ -234,9 +239,9 @@ def _probe(
         if not keeps:
             return ProbedWalk(forward, kept)
         if tokens.dim():
-            tokens = _Above.apply(tokens, ledger)  # type: ignore[no-untyped-call]
+            tokens = _Above.apply(tokens, ledger)
         ledger.begin()
-        tokens.backward()  # type: ignore[no-untyped-call]
+        tokens.backward()
         end = ended[0] if ended else ledger.live
     return ProbedWalk(forward, kept, largest(ledger.tops), added(kept, end))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from timm.layers import GELUTanh, LayerScale, Mlp, PatchEmbed
@@ -105,15 +105,16 @@ def _probed_head(model: VisionTransformer) -> ProbedPart:
     outer = [(name, repr(module)) for name, module in model.named_children() if region_of(name) == "head"]
     prefix = model.num_prefix_tokens
     # Classes are what its figures grow with, and not in them.
-    what = (repr([each for each in outer if not each[0].startswith("head")]), str(type(model)), prefix, model.embed_dim)
-    what = (*what, repr(model.head_drop), model.global_pool, model.pool_include_prefix)
+    pooling = (model.global_pool, model.pool_include_prefix, repr(model.head_drop))
+    modules = str([each for each in outer if not each[0].startswith("head")])
+    what = (type(model), modules, pooling, prefix, model.embed_dim)
     return _once(what, lambda: probe_head(model, prefix))
 
 
-def _first_alike(blocks: nn.Module) -> list[int]:
+def _first_alike(blocks: Iterable[nn.Module]) -> list[int]:
     """Of each block, the first that is built as it is: of the same modules, with parameters of the same shapes."""
     found: dict[Any, int] = {}
-    return [found.setdefault(_built(block), number) for number, block in enumerate(blocks)]  # type: ignore[arg-type]
+    return [found.setdefault(_built(block), number) for number, block in enumerate(blocks)]
 
 
 def _built(block: nn.Module) -> Any:
@@ -154,7 +155,6 @@ def _plain_embed(model: Any) -> bool:
         and isinstance(model.norm_pre, (nn.Identity, nn.LayerNorm))
         and not model.dynamic_img_size
         and model.pos_embed is not None
-        and model.num_prefix_tokens > 0
     )
 
 

@@ -19,13 +19,18 @@ from edgetune.cost.blocks import block_walk, probed_walk
 from edgetune.cost.ends import embed_walk, head_walk
 from edgetune.cost.probed import Bytes, amounts, largest, most, total
 from edgetune.cost.tape import Mode
-from edgetune.vit.ledger import CLASSES, IMAGES, LEAVING, TOKENS, Dimensions
+from edgetune.vit.dimensions import CLASSES, IMAGES, LEAVING, TOKENS, Dimensions
 from edgetune.vit.loop import embed, run_block
 from edgetune.vit.probe import probe_block, probe_embed, probe_head
 from edgetune.vit.shape import shape_of
 
 MODES = [Mode(threads=2), Mode(accumulates=True), Mode(updates_in_backward=True, threads=2)]
-PLAIN = {"plain": {}, "layer scale": {"init_values": 1e-5}, "q and k norm": {"qk_norm": True}, "norm before": {"pre_norm": True}}
+PLAIN = {
+    "plain": {},
+    "layer scale": {"init_values": 1e-5},
+    "q and k norm": {"qk_norm": True},
+    "norm before": {"pre_norm": True},
+}
 
 
 def _plain(name: str) -> tuple[VisionTransformer, ViTShape]:
@@ -78,7 +83,10 @@ def test_probing_changes_nothing_of_the_model(name: str) -> None:
     flags = [module.training for module in model.modules()], [value.requires_grad for value in model.parameters()]
     drawn = torch.get_rng_state()
     shape_of(model, name)
-    assert flags == ([module.training for module in model.modules()], [value.requires_grad for value in model.parameters()])
+    assert flags == (
+        [module.training for module in model.modules()],
+        [value.requires_grad for value in model.parameters()],
+    )
     assert all(value.grad is None for value in model.parameters())
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before)
     assert torch.equal(drawn, torch.get_rng_state())
