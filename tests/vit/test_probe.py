@@ -5,16 +5,18 @@ How close whole steps of models that are not plain come is in test_cost_measured
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import product
 
+import msgspec
 import pytest
 import torch
 import zoo
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 
-from edgetune.cost import BlockState, Recompute, ViTShape
+from edgetune.cost import BlockState, Recompute, Selection, StepSetup, ViTShape, step_peak_bytes
 from edgetune.cost.blocks import block_walk, probed_walk
 from edgetune.cost.ends import embed_walk, head_walk
 from edgetune.cost.probed import Bytes, amounts, largest, most, total
@@ -139,3 +141,37 @@ def test_dropping_what_is_never_the_largest_drops_no_peak(found: list[Bytes], co
     batch, tokens, leaving, classes, threads = counts
     of = amounts(batch, tokens, min(tokens, leaving), classes, threads)
     assert most(largest(found), of) == max(total(each, of) for each in found)
+
+
+@cache
+def _shape(name: str) -> ViTShape:
+    return shape_of(zoo.build(name), name)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=60)
+@pytest.mark.parametrize("name", ["SwiGLU", "dropout", "layer scale, drop path", "norm after"])
+def test_a_smaller_step_of_a_probed_model_never_costs_more(name: str, data: st.DataObject) -> None:
+    shape = _shape(name)
+    depth, all_tokens = shape.depth, shape.patch_tokens
+    flags = st.lists(st.booleans(), min_size=depth, max_size=depth)
+    counts = st.lists(st.integers(1, all_tokens), min_size=depth - 1, max_size=depth - 1)
+    more_trains, mask = data.draw(flags), data.draw(flags)
+    more_tokens, others = (sorted(data.draw(counts), reverse=True) for _ in range(2))
+    known = list(Recompute) if shape.mlp_half else [Recompute.NOTHING, Recompute.BLOCK]
+    levels = tuple(data.draw(st.lists(st.sampled_from(known), min_size=depth, max_size=depth)))
+    embeddings, kept = data.draw(st.booleans()), data.draw(st.booleans())
+    more = Selection(tuple(more_trains), (all_tokens, *more_tokens), embeddings, levels)
+    fewer = Selection(
+        tuple(one and other for one, other in zip(more_trains, mask, strict=True)),
+        (all_tokens, *map(min, zip(more_tokens, others, strict=True))),
+        embeddings and kept,
+        levels,
+    )
+    accumulation, batch = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 6))
+    setup = StepSetup(
+        micro_batch=batch, accumulation=accumulation, optimizer="adamw", ever_trained_blocks=depth, may_prune=True
+    )
+    assert step_peak_bytes(shape, fewer, setup) <= step_peak_bytes(shape, more, setup)
+    larger = msgspec.structs.replace(setup, micro_batch=batch + 1)
+    assert step_peak_bytes(shape, more, setup) <= step_peak_bytes(shape, more, larger)
