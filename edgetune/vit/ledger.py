@@ -26,6 +26,11 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live = Bytes()
         self.tops: list[Bytes] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else torch wraps the method below in something whose first call imports torch._dynamo (79 MiB).
+        return False
+
     def begin(self) -> None:
         """Count peaks, and what is live, from here."""
         self.live = Bytes()

@@ -5,6 +5,9 @@ How close whole steps of models that are not plain come is in test_cost_measured
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from functools import cache
 from itertools import product
 
@@ -22,6 +25,7 @@ from edgetune.cost.ends import embed_walk, head_walk
 from edgetune.cost.probed import Bytes, amounts, largest, most, total
 from edgetune.cost.tape import Mode
 from edgetune.vit.dimensions import CLASSES, IMAGES, LEAVING, TOKENS, Dimensions
+from edgetune.vit.ledger import Ledger
 from edgetune.vit.loop import embed, run_block
 from edgetune.vit.probe import probe_block, probe_embed, probe_head
 from edgetune.vit.shape import shape_of
@@ -93,6 +97,27 @@ def test_probing_changes_nothing_of_the_model(name: str) -> None:
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before)
     assert torch.equal(drawn, torch.get_rng_state())
     assert zoo.hooks(model) == 0
+
+
+def test_probing_imports_nothing() -> None:
+    """Above all not torch._dynamo. Whatever timm itself imports is there before."""
+    code = """
+import json, sys
+import torch
+from timm.layers import SwiGLU
+from timm.models.vision_transformer import VisionTransformer
+from edgetune.vit.shape import shape_of
+
+with torch.device("meta"):
+    model = VisionTransformer(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, mlp_layer=SwiGLU)
+before = set(sys.modules)
+assert shape_of(model, "vit").probed_blocks
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+    # Where torchvision has not imported it already, torch's wrapper of a mode's method would.
+    assert not hasattr(Ledger.__torch_dispatch__, "__wrapped__")
 
 
 def test_the_shape_does_not_depend_on_where_the_model_is() -> None:
