@@ -90,12 +90,14 @@ class ProbedWalk(msgspec.Struct, frozen=True, cache_hash=True):
 class ProbedPart(msgspec.Struct, frozen=True, cache_hash=True):
     """A part in all the ways that it can run, each under its number, and its parameters' shapes.
 
-    `alone`: the same of a single image, where that is laid out otherwise than several are.
+    `alone`: the same of a single image, where that is laid out otherwise than several are. `buffer_bytes`: what it has
+    beside its parameters, as the statistics of batch norms.
     """
 
     ways: tuple[tuple[int, ProbedWalk], ...]
     parameters: tuple[tuple[int, ...], ...] = ()
     alone: tuple[tuple[int, ProbedWalk], ...] = ()
+    buffer_bytes: int = 0
 
     def walk(self, way: int, batch: int) -> ProbedWalk:
         return _ways(self, batch == 1 and bool(self.alone))[way]

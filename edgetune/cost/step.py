@@ -76,7 +76,7 @@ def step_frame(
 ) -> Frame:
     """The frame of a step in which so many blocks train and so many patch tokens reach the last."""
     batch, mode = setup.micro_batch, setup.mode
-    weights = shape.parameters * FLOAT_BYTES - setup.half_blocks * shape.block_parameters * (FLOAT_BYTES // 2)
+    weights = shape.weight_bytes - setup.half_blocks * shape.block_parameters * (FLOAT_BYTES // 2)
     state = optimizer_bytes(shape, setup.optimizer, setup.ever_trained_blocks, embeddings_train)
     gradients = FLOAT_BYTES * trained_parameters(shape, trained_blocks, embeddings_train)
     scratch = update_scratch_bytes(shape, setup.optimizer, trained_blocks > 0, embeddings_train)

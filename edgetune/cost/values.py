@@ -47,6 +47,12 @@ class ViTShape(msgspec.Struct, frozen=True, kw_only=True):
         return self.embed_parameters + self.depth * self.block_parameters + self.head_parameters
 
     @property
+    def weight_bytes(self) -> int:
+        """Of all parameters and buffers, in float32."""
+        buffers = sum(part.buffer_bytes for part in (self.probed_embed, self.probed_head) if part is not None)
+        return 4 * self.parameters + buffers
+
+    @property
     def all_tokens(self) -> int:
         return self.patch_tokens + self.prefix_tokens
 

@@ -50,7 +50,7 @@ def resting_bytes(request: PlanRequest, lossy: Lossy) -> tuple[int, int]:
     """(weights as they are stored, optimizer state of all that may train), bytes."""
     shape = request.shape
     setup = setup_of(request, lossy, _ANY)
-    weights = shape.parameters * FLOAT_BYTES - setup.half_blocks * shape.block_parameters * (FLOAT_BYTES // 2)
+    weights = shape.weight_bytes - setup.half_blocks * shape.block_parameters * (FLOAT_BYTES // 2)
     state = cost.optimizer_bytes(shape, request.optimizer, setup.ever_trained_blocks, lossy.embeddings_train)
     return weights, state
 
@@ -78,7 +78,7 @@ def other_live_bytes(request: PlanRequest, lossy: Lossy) -> dict[str, int]:
     """Live bytes of the phases that are not training or evaluation."""
     shape = request.shape
     weights, state = resting_bytes(request, lossy)
-    whole, largest = shape.parameters * FLOAT_BYTES, shape.largest_parameter * FLOAT_BYTES
+    whole, largest = shape.weight_bytes, shape.largest_parameter * FLOAT_BYTES
     return {
         "data": request.decode_bytes,
         # Weights are read tensor by tensor into their place, so the largest exists twice, and once more where a stored

@@ -108,7 +108,7 @@ def probe_embed(model: nn.Module, run: Callable[[Any, Tensor], Tensor], image_px
             gradients=gradients,
             input_is_ours=False,
         )
-    return ProbedPart(tuple(ways.items()), _shapes(own))
+    return ProbedPart(tuple(ways.items()), _shapes(own), buffer_bytes=_buffer_bytes(own))
 
 
 def probe_head(model: Any, prefix_tokens: int) -> ProbedPart:
@@ -144,11 +144,15 @@ def probe_head(model: Any, prefix_tokens: int) -> ProbedPart:
             gradients=gradients,
         )
     others = tuple(shape for shape in _shapes(own) if CLASSES not in shape)
-    return ProbedPart(tuple(ways.items()), others)
+    return ProbedPart(tuple(ways.items()), others, buffer_bytes=_buffer_bytes(own))
 
 
 def _shapes(module: nn.Module) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(parameter.shape) for parameter in module.parameters())
+
+
+def _buffer_bytes(module: nn.Module) -> int:
+    return sum(buffer.nbytes for buffer in module.buffers())
 
 
 def _set(module: nn.Module, trained: bool) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from edgetune.cost import ViTShape
 from edgetune.cost.probed import ProbedPart
+from edgetune.errors import UnsupportedModel
 from edgetune.vit.loop import EMBEDDING_NAMES, embed, named_regions, region_of, run_block
 from edgetune.vit.probe import probe_block, probe_embed, probe_head
 from edgetune.vit.recompute import has_mlp_half
@@ -20,7 +21,10 @@ _PLAIN_ACTIVATIONS = (nn.GELU, GELUTanh, nn.SiLU)
 
 
 def shape_of(model: VisionTransformer, name: str) -> ViTShape:
-    """What the cost model needs to know of a model, read off its modules."""
+    """What the cost model needs to know of a model, read off its modules, or seen where they are not plain.
+
+    Raises: UnsupportedModel if a part can't be run without memory, so that what it holds can't be foreseen.
+    """
     block = model.blocks[0]
     attention = getattr(block, "attn", None)
     heads = getattr(attention, "num_heads", None) or getattr(block, "num_heads", None) or 1
@@ -80,7 +84,13 @@ _found: dict[Any, ProbedPart] = {}
 
 def _once(what: Any, find: Callable[[], ProbedPart]) -> ProbedPart:
     if what not in _found:
-        _found[what] = find()
+        try:
+            _found[what] = find()
+        except (RuntimeError, NotImplementedError) as error:
+            raise UnsupportedModel(
+                "a part of this model can't be run without memory, so that edgetune can't foresee what it takes "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}). Try a plain vit_* or deit_* model."
+            ) from error
     return _found[what]
 
 
@@ -154,6 +164,7 @@ def _plain_embed(model: Any) -> bool:
         and isinstance(model.patch_drop, nn.Identity)
         and isinstance(model.norm_pre, (nn.Identity, nn.LayerNorm))
         and not model.dynamic_img_size
+        and not model.patch_embed.dynamic_img_pad
         and model.pos_embed is not None
     )
 

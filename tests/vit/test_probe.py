@@ -18,12 +18,14 @@ import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from edgetune.cost import BlockState, Recompute, Selection, StepSetup, ViTShape, step_peak_bytes
 from edgetune.cost.blocks import block_walk, probed_walk
 from edgetune.cost.ends import embed_walk, head_walk
 from edgetune.cost.probed import Bytes, amounts, largest, most, total
 from edgetune.cost.tape import Mode
+from edgetune.errors import UnsupportedModel
 from edgetune.vit.dimensions import CLASSES, IMAGES, LEAVING, TOKENS, Dimensions
 from edgetune.vit.ledger import Ledger
 from edgetune.vit.loop import embed, run_block
@@ -97,6 +99,18 @@ def test_probing_changes_nothing_of_the_model(name: str) -> None:
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before)
     assert torch.equal(drawn, torch.get_rng_state())
     assert zoo.hooks(model) == 0
+
+
+class _Reads(nn.Module):
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return tokens * float(tokens.mean())
+
+
+def test_a_part_that_needs_values_to_run_is_refused() -> None:
+    model = zoo.tiny(drop_path_rate=0.3)
+    model.blocks[2].ls1 = _Reads()
+    with pytest.raises(UnsupportedModel, match="can't foresee what it takes"):
+        shape_of(model, "vit")
 
 
 def test_probing_imports_nothing() -> None:
