@@ -20,7 +20,7 @@ import numpy as np
 import zoo
 from memory_model import Config, Outcome
 from timm.layers import QuickGELU, SwiGLU
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import ResPostBlock, VisionTransformer
 
 from edgetune.backends.pytorch import TorchBackend, without_onednn
 from edgetune.cost import Recompute, Selection, ViTShape, evaluation_peak_bytes
@@ -169,6 +169,8 @@ WALKED: dict[str, Build] = {
 PROBED: dict[str, Build] = {
     "QuickGELU": partial(_micro, act_layer=QuickGELU, pre_norm=True),
     "average": partial(_micro, class_token=False, global_pool="avg"),
+    "norm after, no prefix token": partial(zoo.tiny, block_fn=ResPostBlock, class_token=False, global_pool="avg"),
+    "gated, no prefix token": partial(zoo.tiny, mlp_layer=SwiGLU, class_token=False, global_pool="map"),
     "gated, 192 tokens and more": partial(_micro, img_size=56, depth=6, mlp_layer=SwiGLU),
     **{name: partial(zoo.build, name) for name in zoo.ALL if name not in ("deit_tiny", "vit_base", "clip")},
 }

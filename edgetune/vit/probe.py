@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,27 +30,33 @@ RunBlock = Callable[[nn.Module, Tensor, int, int, Recompute], Tensor]
 _GRADIENTS = range(3)  # they stay, are added to others, are used up
 
 
-def probe_block(
-    block: nn.Module, run: RunBlock, width: int, prefix_tokens: int, *, prunes: bool, has_half: bool
-) -> ProbedPart:
+class Stream(NamedTuple):
+    """The residual stream (B, T, D)."""
+
+    width: int
+    prefix_tokens: int
+    transposed: bool = False  # as a convolution leaves it where no prefix token is put before it: D outside of T
+
+
+def probe_block(block: nn.Module, run: RunBlock, stream: Stream, *, prunes: bool, has_half: bool) -> ProbedPart:
     """A block in every way that a step may run it. `run`: as `loop.run_block`; `prunes`: tokens may be dropped after it.
 
     `has_half`: its MLP half can be recomputed by itself.
     """
-    ways = _block_ways(block, run, width, Dimensions(prefix_tokens), prunes=prunes, has_half=has_half)
+    ways = _block_ways(block, run, stream, IMAGES, prunes=prunes, has_half=has_half)
     alone: tuple[tuple[int, ProbedWalk], ...] = ()
     if any(each.pair for _, walk in ways for each in walk.forward):
         # Whole attention matrices are made by products that lay several images out anew, and one not.
-        alone = _block_ways(block, run, width, Dimensions(prefix_tokens, 1), prunes=prunes, has_half=has_half)
+        alone = _block_ways(block, run, stream, 1, prunes=prunes, has_half=has_half)
     return ProbedPart(ways, _shapes(block), alone)
 
 
 def _block_ways(
-    block: nn.Module, run: RunBlock, width: int, dimensions: Dimensions, *, prunes: bool, has_half: bool
+    block: nn.Module, run: RunBlock, stream: Stream, images: int, *, prunes: bool, has_half: bool
 ) -> tuple[tuple[int, ProbedWalk], ...]:
     levels = [level for level in Recompute if has_half or level is not Recompute.MLP]
-    prefix = dimensions.prefix_tokens
-    stream, random = Bytes(token=width * FLOAT_BYTES), Bytes(once=RANDOM_STATE_BYTES)
+    prefix, dimensions = stream.prefix_tokens, Dimensions(stream.prefix_tokens, images)
+    came, random = Bytes(token=stream.width * FLOAT_BYTES), Bytes(once=RANDOM_STATE_BYTES)
     whole, halved = _on_meta(block), _on_meta(block)
     store_half(SimpleNamespace(blocks=[halved]), 1)
     weights = Bytes(once=sum(parameter.numel() for parameter in block.parameters()) * FLOAT_BYTES)
@@ -65,15 +71,15 @@ def _block_ways(
         walk = _probe(
             lambda tokens: run(own, tokens, leaving, prefix, level),
             own,
-            (dimensions.images, TOKENS, width),
+            _tokens_of(stream, images),
             dimensions,
             keeps=state is not BlockState.BELOW,
             inner=state is not BlockState.BELOW and not lowest,
             gradients=gradients,
         )
         # What is live at the end is the output and what lies in between; at the start the input was live.
-        out = Bytes(leaving=width * FLOAT_BYTES) if pruned else stream
-        kept = added(added(walk.kept, stream), out, -1)
+        out = Bytes(leaving=stream.width * FLOAT_BYTES) if pruned else came
+        kept = added(added(walk.kept, came), out, -1)
         beside = random if trained and level is not Recompute.NOTHING else Bytes()
         ways[block_way(state, level, pruned=pruned, lowest=lowest, gradients=gradients, half=half)] = ProbedWalk(
             tuple(added(each, beside) for each in walk.forward),
@@ -101,7 +107,7 @@ def probe_embed(model: nn.Module, run: Callable[[Any, Tensor], Tensor], image_px
         ways[part_way(keeps=keeps, gradients=gradients)] = _probe(
             lambda images: run(own, images),
             own,
-            (IMAGES, 3, *image_px),
+            lambda: torch.empty((IMAGES, 3, *image_px), device="meta"),
             Dimensions(0),
             keeps=keeps,
             inner=False,
@@ -111,7 +117,14 @@ def probe_embed(model: nn.Module, run: Callable[[Any, Tensor], Tensor], image_px
     return ProbedPart(tuple(ways.items()), _shapes(own), buffer_bytes=_buffer_bytes(own))
 
 
-def probe_head(model: Any, prefix_tokens: int) -> ProbedPart:
+def is_transposed(model: nn.Module, run: Callable[[Any, Tensor], Tensor], image_px: tuple[int, int]) -> bool:
+    """How the embeddings leave the residual stream. `run`: as `loop.embed`."""
+    own = _on_meta(model, without=("blocks", "norm", "attn_pool", "fc_norm", "head", "head_dist")).eval()
+    with torch.no_grad():
+        return not run(own, torch.empty((2, 3, *image_px), device="meta")).is_contiguous()
+
+
+def probe_head(model: Any, stream: Stream) -> ProbedPart:
     """Final norm, pooling, classifier and loss: trained, and in evaluation."""
     own = _on_meta(model, without=("blocks", "patch_embed", "norm_pre"))
     for name, module in own.named_children():
@@ -137,14 +150,20 @@ def probe_head(model: Any, prefix_tokens: int) -> ProbedPart:
         ways[part_way(keeps=keeps, inner=inner, gradients=gradients)] = _probe(
             loss if keeps else logits,
             own,
-            (IMAGES, TOKENS, model.embed_dim),
-            Dimensions(prefix_tokens),
+            _tokens_of(stream, IMAGES),
+            Dimensions(stream.prefix_tokens),
             keeps=keeps,
             inner=inner,
             gradients=gradients,
         )
     others = tuple(shape for shape in _shapes(own) if CLASSES not in shape)
     return ProbedPart(tuple(ways.items()), others, buffer_bytes=_buffer_bytes(own))
+
+
+def _tokens_of(stream: Stream, images: int) -> Callable[[], Tensor]:
+    if stream.transposed:
+        return lambda: torch.empty((images, stream.width, TOKENS), device="meta").transpose(1, 2)
+    return lambda: torch.empty((images, TOKENS, stream.width), device="meta")
 
 
 def _shapes(module: nn.Module) -> tuple[tuple[int, ...], ...]:
@@ -196,9 +215,9 @@ class _Below(torch.autograd.Function):
     """What comes before a part: its backward sees the gradient of the part's input."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, shape: tuple[int, ...], ended: list[Bytes], ledger: Ledger) -> Tensor:
+    def forward(ctx: Any, leaf: Tensor, make: Callable[[], Tensor], ended: list[Bytes], ledger: Ledger) -> Tensor:
         ctx.ended, ctx.ledger = ended, ledger
-        return torch.empty(shape, device="meta")
+        return make()
 
     @staticmethod
     def backward(ctx: Any, _gradient: Tensor) -> tuple[None, None, None, None]:
@@ -209,7 +228,7 @@ class _Below(torch.autograd.Function):
 def _probe(
     run: Callable[[Tensor], Tensor],
     module: nn.Module,
-    shape: tuple[int, ...],
+    make: Callable[[], Tensor],
     dimensions: Dimensions,
     *,
     keeps: bool,
@@ -219,7 +238,8 @@ def _probe(
 ) -> ProbedWalk:
     """One run of a part, forward and, where it keeps anything, backward.
 
-    A part whose output is a scalar is taken to end in the loss. `input_is_ours`: the input is the part's to give back.
+    `make` makes its input. A part whose output is a scalar is taken to end in the loss. `input_is_ours`: the input is the
+    part's to give back.
     """
     parameters = list(module.parameters())
     ledger = Ledger(dimensions, [*parameters, *module.buffers()])
@@ -231,9 +251,9 @@ def _probe(
     with torch.random.fork_rng(devices=[]), _used_up(parameters if gradients == 2 else []), ledger, fused_attention():
         ended: list[Bytes] = []
         if inner:
-            tokens = _Below.apply(torch.empty((), device="meta", requires_grad=True), shape, ended, ledger)
+            tokens = _Below.apply(torch.empty((), device="meta", requires_grad=True), make, ended, ledger)
         else:
-            tokens = torch.empty(shape, device="meta")
+            tokens = make()
             if not input_is_ours:
                 ledger.know(tokens)
         ledger.begin()

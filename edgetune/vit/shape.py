@@ -13,7 +13,7 @@ from edgetune.cost import ViTShape
 from edgetune.cost.probed import ProbedPart
 from edgetune.errors import UnsupportedModel
 from edgetune.vit.loop import EMBEDDING_NAMES, embed, named_regions, region_of, run_block
-from edgetune.vit.probe import probe_block, probe_embed, probe_head
+from edgetune.vit.probe import Stream, is_transposed, probe_block, probe_embed, probe_head
 from edgetune.vit.recompute import has_mlp_half
 
 # Activations of one kernel that keep their input alone.
@@ -47,6 +47,7 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
     grid = model.patch_embed.grid_size
     probed = not all(_plain_block(each) for each in model.blocks)
     kinds = _first_alike(model.blocks)
+    stream = _stream(model, image_px)
     return ViTShape(
         name=name,
         depth=len(model.blocks),
@@ -68,8 +69,8 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
         gated_mlp=gated,
         mlp_half=has_mlp_half(block),
         probed_embed=None if _plain_embed(model) else _probed_embed(model, image_px),
-        probed_head=None if _plain_head(model) else _probed_head(model),
-        probed_blocks=tuple(_probed_block(model, first) for first in dict.fromkeys(kinds)) if probed else (),
+        probed_head=None if _plain_head(model) else _probed_head(model, stream),
+        probed_blocks=tuple(_probed_block(model, first, stream) for first in dict.fromkeys(kinds)) if probed else (),
         block_kinds=tuple(list(dict.fromkeys(kinds)).index(kind) for kind in kinds) if probed else (),
         embed_parameters=counts["embeddings"],
         block_parameters=max(blocks),
@@ -94,13 +95,18 @@ def _once(what: Any, find: Callable[[], ProbedPart]) -> ProbedPart:
     return _found[what]
 
 
-def _probed_block(model: VisionTransformer, number: int) -> ProbedPart:
-    block, prefix = model.blocks[number], model.num_prefix_tokens
+def _stream(model: VisionTransformer, image_px: tuple[int, int]) -> Stream:
+    prefix = model.num_prefix_tokens
+    return Stream(model.embed_dim, prefix, prefix == 0 and is_transposed(model, embed, image_px))
+
+
+def _probed_block(model: VisionTransformer, number: int, stream: Stream) -> ProbedPart:
+    block = model.blocks[number]
     prunes = bool(model.has_class_token) and isinstance(getattr(block, "attn", None), Attention)
     half = has_mlp_half(block)
     return _once(
-        (repr(block), _built(block), prefix, prunes),
-        lambda: probe_block(block, run_block, model.embed_dim, prefix, prunes=prunes, has_half=half),
+        (repr(block), _built(block), stream, prunes),
+        lambda: probe_block(block, run_block, stream, prunes=prunes, has_half=half),
     )
 
 
@@ -111,14 +117,12 @@ def _probed_embed(model: VisionTransformer, image_px: tuple[int, int]) -> Probed
     return _once(what, lambda: probe_embed(model, embed, image_px))
 
 
-def _probed_head(model: VisionTransformer) -> ProbedPart:
-    outer = [(name, repr(module)) for name, module in model.named_children() if region_of(name) == "head"]
-    prefix = model.num_prefix_tokens
+def _probed_head(model: VisionTransformer, stream: Stream) -> ProbedPart:
     # Classes are what its figures grow with, and not in them.
-    pooling = (model.global_pool, model.pool_include_prefix, repr(model.head_drop))
-    modules = str([each for each in outer if not each[0].startswith("head")])
-    what = (type(model), modules, pooling, prefix, model.embed_dim)
-    return _once(what, lambda: probe_head(model, prefix))
+    modules = {name: repr(module) for name, module in model.named_children() if region_of(name) == "head"}
+    pooling = (model.global_pool, model.pool_include_prefix, modules.pop("head_drop"))
+    others = tuple(item for item in modules.items() if not item[0].startswith("head"))
+    return _once((type(model), others, pooling, stream), lambda: probe_head(model, stream))
 
 
 def _first_alike(blocks: Iterable[nn.Module]) -> list[int]:

@@ -29,7 +29,7 @@ from edgetune.errors import UnsupportedModel
 from edgetune.vit.dimensions import CLASSES, IMAGES, LEAVING, TOKENS, Dimensions
 from edgetune.vit.ledger import Ledger
 from edgetune.vit.loop import embed, run_block
-from edgetune.vit.probe import probe_block, probe_embed, probe_head
+from edgetune.vit.probe import Stream, probe_block, probe_embed, probe_head
 from edgetune.vit.shape import shape_of
 
 MODES = [Mode(threads=2), Mode(accumulates=True), Mode(updates_in_backward=True, threads=2)]
@@ -52,7 +52,7 @@ def _plain(name: str) -> tuple[VisionTransformer, ViTShape]:
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_plain_block_that_is_probed_holds_what_the_walk_says(name: str) -> None:
     model, shape = _plain(name)
-    part = probe_block(model.blocks[1], run_block, shape.width, shape.prefix_tokens, prunes=True, has_half=True)
+    part = probe_block(model.blocks[1], run_block, Stream(shape.width, shape.prefix_tokens), prunes=True, has_half=True)
     for state, level, leaving, lowest, mode in product(BlockState, Recompute, (None, 100), (False, True), MODES):
         trained = state is BlockState.TRAINED
         if not trained and (lowest or mode.gradients_way):
@@ -71,7 +71,7 @@ def test_plain_ends_that_are_probed_hold_what_the_walk_says(name: str) -> None:
     model, shape = _plain(name)
     parts = {
         "probed_embed": probe_embed(model, embed, shape.image_px),
-        "probed_head": probe_head(model, shape.prefix_tokens),
+        "probed_head": probe_head(model, Stream(shape.width, shape.prefix_tokens)),
     }
     probed = ViTShape(**{field: getattr(shape, field) for field in shape.__struct_fields__} | parts)
     for mode, batch, flag in product(MODES, (2, 5), (False, True)):
