@@ -90,8 +90,8 @@ def take_steps(job: Job) -> Sample:
     from edgetune.backends import pytorch
     from edgetune.cost import Selection
     from edgetune.optim import OptimizerSettings
-    from edgetune.vit.loop import shape_of
     from edgetune.vit.models import ModelSource, load_model
+    from edgetune.vit.shape import shape_of
 
     torch.set_num_threads(1)
     pytorch.warm_up(OptimizerSettings(name="adamw"))

@@ -33,7 +33,7 @@ from edgetune.backends.pytorch import TorchBackend, without_onednn
 from edgetune.cost import Recompute, Selection, StepCost, StepSetup, ViTShape
 from edgetune.optim import OptimizerName, OptimizerSettings
 from edgetune.units import MIB
-from edgetune.vit.loop import shape_of
+from edgetune.vit.shape import shape_of
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("deit_tiny_patch16_224", {}),
@@ -110,7 +110,21 @@ def random_config(rng: random.Random, family: str, *, largest_grid: int = 14) ->
     patch = 14 if "patch14" in MODELS[family][0] else 32 if "patch32" in MODELS[family][0] else 16
     smallest, largest = (2, min(7, largest_grid)) if family == "base" else (3, largest_grid)
     image_px = patch * rng.choice(range(smallest, largest + 1))
-    depth, tokens = 12, (image_px // patch) ** 2
+    return random_step(rng, family, image_px, 12, (image_px // patch) ** 2, largest_batch=4 if family == "base" else 12)
+
+
+def random_step(
+    rng: random.Random,
+    family: str,
+    image_px: int,
+    depth: int,
+    tokens: int,
+    *,
+    largest_batch: int = 12,
+    prunes: bool = True,
+    levels: Sequence[Recompute] = tuple(Recompute),
+) -> Config:
+    """A step of any model with so many blocks and patch tokens. `levels`: of recompute, those that its blocks know."""
     embeddings = rng.random() < 0.2
     split = 0 if embeddings else rng.randrange(depth + 1)
     above = depth - split
@@ -120,14 +134,14 @@ def random_config(rng: random.Random, family: str, *, largest_grid: int = 14) ->
     for block in range(depth):
         if block and block >= split and rng.random() < 0.5:
             kept = max(1, min(kept, 8 * math.ceil(kept * rng.uniform(0.6, 1.0) / 8)))
-        counts.append(kept)
+        counts.append(kept if prunes else tokens)
     level = rng.choice(["none", "mlp", "block", "frozen", "random"])
     recompute = {
         "none": (),
-        "mlp": (Recompute.MLP,) * depth,
+        "mlp": (levels[len(levels) // 2],) * depth,
         "block": (Recompute.BLOCK,) * depth,
         "frozen": tuple(Recompute.NOTHING if block in chosen else Recompute.BLOCK for block in range(depth)),
-        "random": tuple(rng.choice(list(Recompute)) for _ in range(depth)),
+        "random": tuple(rng.choice(levels) for _ in range(depth)),
     }[level]
     accumulation = rng.choice([1, 1, 2])
     cached = rng.randint(1, split) if split and rng.random() < 0.4 else 0
@@ -136,7 +150,7 @@ def random_config(rng: random.Random, family: str, *, largest_grid: int = 14) ->
     return Config(
         family=family,
         image_px=image_px,
-        micro_batch=rng.randint(1, 4 if family == "base" else 12),
+        micro_batch=rng.randint(1, largest_batch),
         accumulation=accumulation,
         optimizer=rng.choice(OPTIMIZERS),
         updates_in_backward=accumulation == 1 and rng.random() < 0.3,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
-from edgetune.cost import ViTShape
+from edgetune.cost import BlockState, Recompute, ViTShape
+from edgetune.cost.probed import Bytes, ProbedPart, ProbedWalk, block_way
 
 
 def make_shape(
@@ -53,8 +55,29 @@ def make_shape(
         qk_norm=qk_norm,
         pre_norm=pre_norm,
         gated_mlp=gated_mlp,
-        **({"hidden_layers": 4 if gated_mlp else 2} | others),
+        **others,
     )
+
+
+def probed_block(width: int, hidden_floats: int, parameters: int) -> ProbedPart:
+    """A block as a probe might find it: it keeps so many floats a token beyond its input, and twice that stands out."""
+    stream, hidden = 4 * width, 4 * hidden_floats
+    ways = {}
+    for state, level, pruned, lowest, gradients, half in product(
+        BlockState, Recompute, (False, True), (False, True), range(3), (False, True)
+    ):
+        trained = state is BlockState.TRAINED
+        held = {Recompute.NOTHING: hidden, Recompute.MLP: hidden // 2, Recompute.BLOCK: 0}[level]
+        kept = 0 if state is BlockState.BELOW else stream + held * (2 if trained else 1)
+        index = 8 if pruned else 0
+        gradient = 4 * parameters if trained else 0
+        ways[block_way(state, level, pruned=pruned, lowest=lowest, gradients=gradients, half=half)] = ProbedWalk(
+            (Bytes(token=2 * hidden + stream, leaving=2 * index), Bytes(token=kept, leaving=stream)),
+            Bytes(token=kept, leaving=index if kept else 0),
+            (Bytes(once=gradient, token=hidden), Bytes(once=gradient // 2, token=2 * hidden, scores=4)) if kept else (),
+            Bytes(once=0 if gradients else gradient),
+        )
+    return ProbedPart(tuple(sorted(ways.items())), ((parameters // width, width),))
 
 
 DEIT_TINY = make_shape(name="deit_tiny_patch16_224", classes=1000)

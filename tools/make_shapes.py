@@ -43,7 +43,8 @@ def known(name: str) -> KnownShape:
 def main(path: Path = SHAPES_FILE) -> None:
     torch.set_num_threads(1)
     shapes = {name: known(name) for name in NAMES}
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(shapes), indent=1) + b"\n")
+    lines = [msgspec.json.encode(name) + b": " + msgspec.json.encode(shape) for name, shape in shapes.items()]
+    path.write_bytes(b"{\n" + b",\n".join(lines) + b"\n}\n")
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from edgetune.backends.base import Array, Images, Labels, StepResult
-from edgetune.cost import Recompute, Selection, all_tokens_kept
+from edgetune.cost import Recompute, Selection
 from edgetune.errors import UnsupportedModel
 from edgetune.optim import Optimizer, OptimizerSettings, state_shapes
 from edgetune.vit.half import store_half
-from edgetune.vit.loop import apply_selection, forward, prefix, region_of, shape_of, summaries, trains
+from edgetune.vit.loop import apply_selection, forward, prefix, region_of, summaries, trains
 
 
 class TorchBackend:
@@ -41,8 +41,8 @@ class TorchBackend:
         self.label_smoothing = label_smoothing
         self._at_peak = at_peak
         self.class_weights = None if class_weights is None else torch.from_numpy(class_weights)
-        shape = shape_of(model, "model")
-        self._frozen = all_tokens_kept(shape, (False,) * shape.depth)
+        depth = len(model.blocks)
+        self._frozen = Selection((False,) * depth, (model.patch_embed.num_patches,) * depth)
         self._selected: tuple[tuple[bool, ...], bool] | None = None
         self._dropped: dict[str, Mapping[str, Array]] = {}  # parameters that left memory, and where they are read
 

@@ -62,10 +62,11 @@ def block_backward(
         made_again(tape, shape, z, level, trained, mode)
     if scaled and level is Recompute.BLOCK:
         _scale_backward(tape, weights, shape, z, trained)
-    gone = _linear_backward(tape, weights, z.activated, width, hidden)  # fc2
-    tape.free(gone + (z.activated if trained else 0) + (z.stream if scaled else 0))
-    _activation_backward(tape, shape, z)
-    gone = _linear_backward(tape, weights, z.stream, hidden * (2 if shape.gated_mlp else 1), width)  # fc1
+    gone = _linear_backward(tape, weights, z.hidden, width, hidden)  # fc2
+    tape.free(gone + (z.hidden if trained else 0) + (z.stream if scaled else 0))
+    tape.take(z.hidden)
+    tape.free(2 * z.hidden)  # what the activation kept, and its output's gradient
+    gone = _linear_backward(tape, weights, z.stream, hidden, width)  # fc1
     tape.free(gone + z.hidden + (z.stream if trained else 0))
     _norm_backward(tape, weights, shape, z, inner=True, mode=mode)
     tape.free(z.stream)  # the two gradients of the middle become one
@@ -102,11 +103,3 @@ def block_backward(
     if level is Recompute.BLOCK and trained:
         tape.free(RANDOM_STATE_BYTES)
     return weights.bytes
-
-
-def _activation_backward(tape: Tape, shape: ViTShape, z: Sizes) -> None:
-    """From the activated layer's gradient to the hidden layer's; what the activation kept goes."""
-    if shape.hidden_layers > 2:
-        tape.touch(2 * z.activated)
-    tape.take(z.hidden)
-    tape.free(z.activated + z.hidden + z.extra)

@@ -1,7 +1,7 @@
 """What one block holds while it runs forward and backward. Pure arithmetic.
 
-A block that is built otherwise than timm's own tells what autograd keeps of it (`vit/probe.py`); what that is more than
-a plain block's is counted with its hidden layer.
+timm's plain block is walked line by line; one that is built otherwise was run once (`vit/probe.py`), and what that showed
+is scaled to the tokens and images at hand.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from edgetune.cost.backward import block_backward
 from edgetune.cost.forward import attention_half, mlp_half
+from edgetune.cost.probed import ProbedPart, amounts, block_way, most, total
 from edgetune.cost.tape import FLOAT_BYTES, INDEX_BYTES, RANDOM_STATE_BYTES, Mode, Tape, block_sizes
 from edgetune.cost.values import BlockState, Recompute, ViTShape
 
@@ -45,7 +46,7 @@ def block_walk(
     `lowest`: the block's input needs no gradient.
     """
     grad, trained = state is not BlockState.BELOW, state is BlockState.TRAINED
-    z = block_sizes(shape, patch_tokens + shape.prefix_tokens, batch, trained)
+    z = block_sizes(shape, patch_tokens + shape.prefix_tokens, batch)
     if not grad:
         level = Recompute.NOTHING
     tape = Tape()
@@ -85,3 +86,36 @@ def block_walk(
         back.free(out + index)
     gradients = block_backward(back, shape, z, level, state, lowest, mode)
     return BlockWalk(forward_peak, kept, back.peak, gradients)
+
+
+@lru_cache(maxsize=65536)
+def probed_walk(
+    part: ProbedPart,
+    state: BlockState,
+    level: Recompute,
+    tokens: int,
+    leaving: int | None,
+    batch: int,
+    lowest: bool,
+    mode: Mode,
+) -> BlockWalk:
+    """`block_walk` of a block that was probed. Tokens are all tokens, prefix tokens among them."""
+    trained = state is BlockState.TRAINED
+    walk = part.walk(
+        block_way(
+            state,
+            Recompute.NOTHING if state is BlockState.BELOW else level,
+            pruned=leaving is not None,
+            lowest=lowest and trained,
+            gradients=mode.gradients_way if trained else 0,
+            half=mode.half_weights and state is BlockState.BELOW,
+        ),
+        batch,
+    )
+    of = amounts(batch, tokens, tokens if leaving is None else leaving, 0, mode.threads)
+    return BlockWalk(
+        forward_peak=most(walk.forward, of),
+        kept=total(walk.kept, of),
+        backward_peak=most(walk.backward, of),
+        gradients=total(walk.left, of),
+    )

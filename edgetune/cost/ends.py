@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from edgetune.cost.probed import Bytes, ProbedPart, amounts, most, part_way, total
 from edgetune.cost.tape import FLOAT_BYTES, Mode, Tape
 from edgetune.cost.values import ViTShape
+
+
+class EndWalk(NamedTuple):
+    """One end of a step, in bytes: peaks above what is live where forward and backward begin; `kept` and `left` are what
+    more is live after the forward, and after both, than before."""
+
+    forward_peak: int
+    kept: int
+    backward_peak: int
+    left: int
 
 
 def input_bytes(shape: ViTShape, batch: int) -> int:
@@ -31,13 +44,8 @@ def embed_forward(tape: Tape, shape: ViTShape, batch: int, *, keeps: bool) -> No
     patches = batch * shape.patch_tokens * shape.width * FLOAT_BYTES
     statistic = batch * shape.all_tokens * FLOAT_BYTES
     stream = statistic * shape.width
-    if shape.stem_largest_floats:
-        tape.touch(3 * max(shape.stem_largest_floats * batch * FLOAT_BYTES, stream))
-        if keeps:
-            tape.take(shape.stem_saved_floats * batch * FLOAT_BYTES)
-    else:
-        tape.touch(_columns(shape, batch))
-        tape.touch(_columns(shape, batch) + patches)
+    tape.touch(_columns(shape, batch))
+    tape.touch(_columns(shape, batch) + patches)
     tape.take(patches)
     tape.take(stream)
     tape.free(patches)
@@ -61,8 +69,6 @@ def embed_backward(tape: Tape, shape: ViTShape, batch: int, mode: Mode) -> None:
     if not mode.gradients_stay:
         tape.free(positions)
     tape.take(patches)  # laid out anew
-    if shape.stem_largest_floats:
-        tape.touch(3 * shape.stem_largest_floats * batch * FLOAT_BYTES)
     tape.take(kernel)
     tape.touch(_columns(shape, batch))
     tape.free(patches + stream)
@@ -92,3 +98,41 @@ def head_backward(tape: Tape, shape: ViTShape, patch_tokens: int, batch: int, mo
     tape.take(stream)  # its gradient
     tape.free(pooled)
     _norm_backward(tape, shape, statistic, mode, inner=inner)
+
+
+def embed_walk(shape: ViTShape, batch: int, mode: Mode, *, keeps: bool) -> EndWalk:
+    """From images to tokens and back; `keeps`: the embeddings train."""
+    if shape.probed_embed is not None:
+        way = part_way(keeps=keeps, gradients=mode.gradients_way)
+        return _probed(shape.probed_embed, way, amounts(batch, shape.all_tokens, 0, shape.classes, mode.threads))
+    forward, backward = Tape(), Tape()
+    embed_forward(forward, shape, batch, keeps=keeps)
+    if keeps:
+        embed_backward(backward, shape, batch, mode)
+    return EndWalk(forward.peak, forward.live, backward.peak, forward.live + backward.live)
+
+
+def head_walk(shape: ViTShape, patch_tokens: int, batch: int, mode: Mode, *, inner: bool) -> EndWalk:
+    """From the last block's output to the loss and back; `inner`: the gradient of that output is needed."""
+    if shape.probed_head is not None:
+        way = part_way(keeps=True, inner=inner, gradients=mode.gradients_way)
+        of = amounts(batch, patch_tokens + shape.prefix_tokens, 0, shape.classes, mode.threads)
+        return _probed(shape.probed_head, way, of)
+    tape = Tape()
+    head_forward(tape, shape, patch_tokens, batch)
+    forward_peak = kept = tape.live
+    head_backward(tape, shape, patch_tokens, batch, mode, inner=inner)
+    return EndWalk(forward_peak, kept, tape.peak - kept, tape.live)
+
+
+def evaluated_head_bytes(shape: ViTShape, batch: int, mode: Mode) -> int:
+    """The most that final norm and classifier hold where nothing is kept."""
+    if shape.probed_head is not None:
+        of = amounts(batch, shape.all_tokens, 0, shape.classes, mode.threads)
+        return most(shape.probed_head.walk(part_way(keeps=False), batch).forward, of)
+    return batch * (shape.all_tokens * (shape.width + 2) + 2 * shape.classes) * FLOAT_BYTES
+
+
+def _probed(part: ProbedPart, way: int, of: Bytes) -> EndWalk:
+    walk = part.walk(way, of.image)
+    return EndWalk(most(walk.forward, of), total(walk.kept, of), most(walk.backward, of), total(walk.left, of))

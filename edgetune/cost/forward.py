@@ -67,29 +67,19 @@ def mlp_half(tape: Tape, shape: ViTShape, z: Sizes, *, grad: bool, trained: bool
     kept, own = grad and not part, trained and not part
     tape.take(z.stream + 2 * z.statistic)  # norm2
     tape.take(z.hidden)
-    _used(tape, mode, shape.width, shape.mlp_width * (2 if shape.gated_mlp else 1))
+    _used(tape, mode, shape.width, shape.mlp_width)
     if part:
         tape.free(z.stream)
-    _activation(tape, shape, z)
+    tape.take(z.hidden)  # activated
     if not kept:
-        tape.free(z.hidden + z.extra)
+        tape.free(z.hidden)
     tape.take(z.stream)  # fc2
     _used(tape, mode, shape.mlp_width, shape.width)
     if not own:
-        tape.free(z.activated + (0 if part else z.stream))
+        tape.free(z.hidden + (0 if part else z.stream))
     if not kept:
         tape.free(2 * z.statistic)
     _residual(tape, shape, z, trained)
-
-
-def _activation(tape: Tape, shape: ViTShape, z: Sizes) -> None:
-    """From the hidden layer to the activated one, both alive at the end, with what it keeps beyond them."""
-    if shape.hidden_layers > 2:  # several kernels: what each makes stands beside the others
-        tape.take(z.extra)
-        tape.touch((shape.hidden_layers - 2) * z.activated)
-        tape.take(z.activated)
-    else:
-        tape.take(z.extra + z.activated)
 
 
 def made_again(tape: Tape, shape: ViTShape, z: Sizes, level: Recompute, trained: bool, mode: Mode) -> None:
@@ -102,9 +92,9 @@ def made_again(tape: Tape, shape: ViTShape, z: Sizes, level: Recompute, trained:
     tape.take(z.hidden)
     if level is Recompute.MLP and not trained:
         tape.free(z.stream)
-    _activation(tape, shape, z)
+    tape.take(z.hidden)  # activated
     if not trained:
-        tape.free(z.activated)
+        tape.free(z.hidden)
         if level is Recompute.BLOCK:
             tape.free(z.stream)
     if level is Recompute.BLOCK and shape.layer_scale:

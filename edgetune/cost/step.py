@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from edgetune.cost.blocks import BlockWalk, block_walk
-from edgetune.cost.ends import embed_backward, embed_forward, head_backward, head_forward, input_bytes
+from edgetune.cost.blocks import BlockWalk, block_walk, probed_walk
+from edgetune.cost.ends import EndWalk, embed_walk, evaluated_head_bytes, head_walk, input_bytes
 from edgetune.cost.flops import step_flops
 from edgetune.cost.tape import FLOAT_BYTES, Mode, Tape
 from edgetune.cost.values import BlockState, Recompute, Selection, StepCost, ViTShape, block_states
@@ -96,22 +96,21 @@ def step_frame(
     gradients = FLOAT_BYTES * trained_parameters(shape, trained_blocks, embeddings_train)
     scratch = update_scratch_bytes(shape, setup.optimizer, trained_blocks > 0, embeddings_train)
     resting = weights + state + inputs
+    # Of one image, a prefix token's gradient is a view of all tokens', which it keeps.
+    viewed = shape.all_tokens * shape.width * FLOAT_BYTES if embeddings_train and batch == 1 else 0
     tape = Tape()
     tape.take(resting)
     if mode.accumulates:
-        tape.take(gradients)  # of the micro-batches before
+        tape.take(gradients + viewed)  # of the micro-batches before
     if mode.updates_in_backward:
         tape.take(scratch)
     before = tape.live
+    embed = EndWalk(0, 0, 0, 0)
     if not setup.cached_blocks:
-        embed_forward(tape, shape, batch, keeps=embeddings_train)
-    head = Tape()
-    head_forward(head, shape, head_tokens, batch)
-    head_kept = head.live
-    head_backward(head, shape, head_tokens, batch, mode, inner=trained_blocks > 0 or embeddings_train)
-    embed = Tape()
-    if embeddings_train:
-        embed_backward(embed, shape, batch, mode)
+        embed = embed_walk(shape, batch, mode, keeps=embeddings_train)
+        tape.touch(embed.forward_peak)
+        tape.take(embed.kept)
+    head = head_walk(shape, head_tokens, batch, mode, inner=trained_blocks > 0 or embeddings_train)
     return Frame(
         weights=weights,
         state=state,
@@ -120,11 +119,11 @@ def step_frame(
         before=before,
         start=tape.live,
         start_peak=tape.peak,
-        head_kept=head_kept,
-        head_peak=head.peak,
-        head_left=head.live,
-        embed_peak=embed.peak,
-        update_peak=0 if mode.updates_in_backward else resting + gradients + scratch,
+        head_kept=head.kept,
+        head_peak=max(head.forward_peak, head.kept + head.backward_peak),
+        head_left=head.left,
+        embed_peak=embed.backward_peak,
+        update_peak=0 if mode.updates_in_backward else resting + gradients + viewed + scratch,
         first_block=setup.cached_blocks,
         held_inputs=inputs if setup.cached_blocks else 0,
     )
@@ -133,8 +132,8 @@ def step_frame(
 def resident_weights_bytes(shape: ViTShape, half_blocks: int, cached_blocks: int) -> int:
     """Weights in memory: all, or those above the cached prefix."""
     if cached_blocks:
-        return FLOAT_BYTES * (shape.parameters - shape.embed_parameters - cached_blocks * shape.block_parameters)
-    return FLOAT_BYTES * shape.parameters - half_blocks * shape.block_parameters * (FLOAT_BYTES // 2)
+        return shape.weight_bytes - FLOAT_BYTES * (shape.embed_parameters + cached_blocks * shape.block_parameters)
+    return shape.weight_bytes - half_blocks * shape.block_parameters * (FLOAT_BYTES // 2)
 
 
 def feature_tokens(shape: ViTShape, patch_tokens: int, *, pooled: bool) -> int:
@@ -174,7 +173,13 @@ def placed_walk(
     trained = state is BlockState.TRAINED
     # What a block that makes no gradient of its own holds does not depend on what is done with them.
     mode = setup.mode if trained else Mode(threads=setup.threads, half_weights=block < setup.half_blocks)
-    walk = block_walk(shape, state, level, came, after if prunes else None, batch, lowest, mode)
+    part = shape.probed_block(block)
+    if part is not None:
+        prefix = shape.prefix_tokens
+        leaving = after + prefix if prunes else None
+        walk = probed_walk(part, state, level, came + prefix, leaving, batch, lowest, mode)
+    else:
+        walk = block_walk(shape, state, level, came, after if prunes else None, batch, lowest, mode)
     beside = _DELTA_COPIES * batch * shape.width * FLOAT_BYTES
     moved = batch * (after - came) * shape.width * FLOAT_BYTES
     return walk._replace(forward_peak=walk.forward_peak + beside, kept=walk.kept + moved)
@@ -274,13 +279,19 @@ def evaluation_peak_bytes(
     `cached`: from what a prefix put out, else from images.
     """
     tape = Tape()
+    mode = Mode(threads=threads, half_weights=half_blocks > 0)
     if cached:
         tape.take(2 * batch * shape.all_tokens * shape.width * FLOAT_BYTES)  # what was read stays beside the stream
     else:
         tape.take(input_bytes(shape, batch))
-        embed_forward(tape, shape, batch, keeps=False)
-    mode = Mode(threads=threads, half_weights=half_blocks > 0)
-    walk = block_walk(shape, BlockState.BELOW, Recompute.NOTHING, shape.patch_tokens, None, batch, False, mode)
-    tape.touch(walk.forward_peak)
-    tape.touch(batch * (shape.all_tokens * (shape.width + 2) + 2 * shape.classes) * FLOAT_BYTES)
+        embed = embed_walk(shape, batch, mode, keeps=False)
+        tape.touch(embed.forward_peak)
+        tape.take(embed.kept)
+    below, nothing = BlockState.BELOW, Recompute.NOTHING
+    walks = [
+        probed_walk(part, below, nothing, shape.all_tokens, None, batch, False, mode) for part in shape.probed_blocks
+    ]
+    walks = walks or [block_walk(shape, below, nothing, shape.patch_tokens, None, batch, False, mode)]
+    tape.touch(max(walk.forward_peak for walk in walks))
+    tape.touch(evaluated_head_bytes(shape, batch, mode))
     return tape.peak

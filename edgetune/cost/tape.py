@@ -24,6 +24,11 @@ class Mode(NamedTuple):
     def gradients_stay(self) -> bool:
         return not (self.accumulates or self.updates_in_backward)
 
+    @property
+    def gradients_way(self) -> int:
+        """0 where gradients stay, 1 where they are added to others, 2 where they are used up."""
+        return 1 if self.accumulates else 2 if self.updates_in_backward else 0
+
 
 class Tape:
     """Live bytes now and at most."""
@@ -50,9 +55,7 @@ class Tape:
 class Sizes(NamedTuple):
     stream: int  # (B, T, D)
     attention: int  # (B, T, A)
-    hidden: int  # (B, T, M), of a gated MLP both halves
-    activated: int  # (B, T, M)
-    extra: int  # what the activation keeps beyond its input
+    hidden: int  # (B, T, M)
     statistic: int  # one float a token
     head_statistic: int  # one float a token and head
     query_rows: int  # rows of queries that a thread of fused attention works on at once
@@ -60,18 +63,13 @@ class Sizes(NamedTuple):
     batch: int
 
 
-def block_sizes(shape: ViTShape, tokens: int, batch: int, trained: bool) -> Sizes:
+def block_sizes(shape: ViTShape, tokens: int, batch: int) -> Sizes:
     token = batch * tokens * FLOAT_BYTES
-    extra = 0
-    if shape.block_saved_floats is not None:
-        extra = max(0, shape.block_saved_floats[trained] - plain_saved_floats(shape, trained))
     rows = 256 if tokens >= 768 else 64 if tokens >= 192 else 32
     return Sizes(
         stream=token * shape.width,
         attention=token * shape.attention_width,
-        hidden=token * shape.mlp_width * (2 if shape.gated_mlp else 1),
-        activated=token * shape.mlp_width,
-        extra=token * extra,
+        hidden=token * shape.mlp_width,
         statistic=token,
         head_statistic=token * shape.heads,
         query_rows=min(rows, tokens),

@@ -6,6 +6,8 @@ from enum import IntEnum
 
 import msgspec
 
+from edgetune.cost.probed import ProbedPart
+
 
 class ViTShape(msgspec.Struct, frozen=True, kw_only=True):
     """What the cost of a Vision Transformer depends on. Counts are of one model, widths are floats a token."""
@@ -30,13 +32,11 @@ class ViTShape(msgspec.Struct, frozen=True, kw_only=True):
     pre_norm: bool = False
     gated_mlp: bool = False
     mlp_half: bool = True  # a block's second half is norm2, then mlp: it can be recomputed by itself
-    # Hidden layers that stand at once in the MLP's forward: before and after the activation, and what it makes between.
-    hidden_layers: int = 2
-    # Floats a token that autograd keeps of a block (frozen, trained), as the block itself tells; None: counted.
-    block_saved_floats: tuple[int, int] | None = None
-    # A convolutional stem's, floats an image: what autograd keeps of it where it trains, and its largest feature map.
-    stem_saved_floats: int = 0
-    stem_largest_floats: int = 0
+    # Parts that are not timm's plain ones, as a run of them showed; None and empty: plain, and walked by arithmetic.
+    probed_embed: ProbedPart | None = None
+    probed_head: ProbedPart | None = None
+    probed_blocks: tuple[ProbedPart, ...] = ()  # one of each kind
+    block_kinds: tuple[int, ...] = ()  # of each block, which of them it is
     embed_parameters: int
     block_parameters: int
     head_parameters: int  # final norm, pooling and classifier
@@ -47,12 +47,21 @@ class ViTShape(msgspec.Struct, frozen=True, kw_only=True):
         return self.embed_parameters + self.depth * self.block_parameters + self.head_parameters
 
     @property
+    def weight_bytes(self) -> int:
+        """Of all parameters and buffers, in float32."""
+        buffers = sum(part.buffer_bytes for part in (self.probed_embed, self.probed_head) if part is not None)
+        return 4 * self.parameters + buffers
+
+    @property
     def all_tokens(self) -> int:
         return self.patch_tokens + self.prefix_tokens
 
     @property
     def attention_width(self) -> int:
         return self.heads * self.head_width
+
+    def probed_block(self, block: int) -> ProbedPart | None:
+        return self.probed_blocks[self.block_kinds[block]] if self.probed_blocks else None
 
 
 class Recompute(IntEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 
 from edgetune.cost.tape import FLOAT_BYTES
 from edgetune.cost.values import ViTShape
@@ -38,28 +39,46 @@ def optimizer_bytes(shape: ViTShape, optimizer: OptimizerName, trained_blocks: i
 def _state_floats(shape: ViTShape, optimizer: OptimizerName, trained_blocks: int, embeddings_train: bool) -> int:
     if optimizer != "adafactor":
         return state_floats(optimizer, (trained_parameters(shape, trained_blocks, embeddings_train),))
+    block = sum(state_floats(optimizer, tensor) for tensor in _block_tensors(shape))
+    head = sum(state_floats(optimizer, tensor) for tensor in _head_tensors(shape))
+    total = trained_blocks * block + head
+    if embeddings_train:
+        total += sum(state_floats(optimizer, tensor) for tensor in _embed_tensors(shape))
+    return total
+
+
+def _block_tensors(shape: ViTShape) -> list[tuple[int, ...]]:
+    if shape.probed_blocks:
+        return list(max((part.parameters for part in shape.probed_blocks), key=lambda found: sum(map(prod, found))))
     matrices = block_matrices(shape)
     vectors = max(0, shape.block_parameters - sum(rows * columns for rows, columns in matrices))
-    block = vectors + sum(state_floats(optimizer, matrix) for matrix in matrices)
-    head = max(0, shape.head_parameters - shape.classes * shape.width)
-    total = trained_blocks * block + head + state_floats(optimizer, (shape.classes, shape.width))
-    if embeddings_train:
-        kernel = _kernel(shape)
-        # Position embedding and tokens are factored too; counted whole where they are few, they make no difference.
-        positions = (1, shape.all_tokens, shape.width)
-        total += state_floats(optimizer, kernel) + state_floats(optimizer, positions) + 8 * shape.width
-    return total
+    return [*matrices, (vectors,)]
+
+
+def _head_tensors(shape: ViTShape) -> list[tuple[int, ...]]:
+    classifier = (shape.classes, shape.width)
+    others = [] if shape.probed_head is None else list(shape.probed_head.parameters)
+    rest = max(0, shape.head_parameters - prod(classifier) - sum(map(prod, others)))
+    return [classifier, *others, (rest,)]
+
+
+def _embed_tensors(shape: ViTShape) -> list[tuple[int, ...]]:
+    if shape.probed_embed is not None:
+        return list(shape.probed_embed.parameters)
+    # Position embedding and tokens are factored too; counted whole where they are few, they make no difference.
+    return [_kernel(shape), (1, shape.all_tokens, shape.width), (8 * shape.width,)]
 
 
 def update_scratch_bytes(shape: ViTShape, optimizer: OptimizerName, any_block: bool, embeddings_train: bool) -> int:
     """What one update needs beside parameters, gradients and state: the largest trained parameter's."""
     candidates: list[tuple[int, ...]] = [(shape.classes, shape.width), (shape.width,)]
+    if shape.probed_head is not None:
+        candidates += shape.probed_head.parameters
+    # A vector takes a second copy of itself under Adafactor, which a matrix of the model always exceeds.
     if any_block:
-        candidates += block_matrices(shape)
-        # A vector takes a second copy of itself under Adafactor, which a matrix of the model always exceeds.
+        candidates += block_matrices(shape) if not shape.probed_blocks else _block_tensors(shape)
     if embeddings_train:
-        candidates += [_kernel(shape), (1, shape.all_tokens, shape.width)]
-    return FLOAT_BYTES * max(
-        scratch_floats(optimizer, candidate, decayed=True) + transient_floats(optimizer, candidate)
-        for candidate in candidates
-    )
+        candidates += _embed_tensors(shape)
+    # A step reserves the largest scratch; any parameter's update may then take more beside it for an instant.
+    scratch = max(scratch_floats(optimizer, candidate, decayed=True) for candidate in candidates)
+    return FLOAT_BYTES * (scratch + max(transient_floats(optimizer, candidate) for candidate in candidates))

@@ -128,7 +128,7 @@ def other_live_bytes(request: PlanRequest, lossy: Lossy) -> dict[str, int]:
     shape = request.shape
     weights, state = resting_bytes(request, lossy)
     loaded = _loaded_bytes(request, lossy)
-    whole, largest = shape.parameters * FLOAT_BYTES, shape.largest_parameter * FLOAT_BYTES
+    whole, largest = shape.weight_bytes, shape.largest_parameter * FLOAT_BYTES
     read_to_be_written = loaded > weights or request.half_frozen
     return {
         "data": request.decode_bytes,

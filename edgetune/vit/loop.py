@@ -10,17 +10,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import GELUTanh
-from timm.models.vision_transformer import Attention, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from edgetune.cost import Recompute, Selection, ViTShape
+from edgetune.cost import Recompute, Selection
 from edgetune.errors import UnsupportedModel
-from edgetune.vit.probe import block_saved_floats, stem_floats
-from edgetune.vit.recompute import has_mlp_half, run_recomputed
+from edgetune.vit.recompute import run_recomputed
 
-# Activations of one kernel, with nothing between their input and their output.
-FUSED_ACTIVATIONS = (nn.GELU, GELUTanh, nn.SiLU, nn.ReLU)
 EMBEDDING_NAMES = (
     "patch_embed",
     "pos_embed",
@@ -253,61 +249,3 @@ class _Keep(torch.autograd.Function):
 def named_regions(model: VisionTransformer) -> Iterator[tuple[str | int, str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         yield region_of(name), name, parameter
-
-
-def shape_of(model: VisionTransformer, name: str) -> ViTShape:
-    """What the cost model needs to know of a model, read off its modules."""
-    block = model.blocks[0]
-    attention = getattr(block, "attn", None)
-    heads = getattr(attention, "num_heads", None) or getattr(block, "num_heads", None) or 1
-    mlp = getattr(block, "mlp", None)
-    gated = type(mlp).__name__ in ("GluMlp", "SwiGLU", "SwiGLUPacked")
-    # fc2's input is the hidden layer after its activation: of a gated MLP, one half.
-    fc2 = getattr(mlp, "fc2", None)
-    mlp_width = fc2.in_features if fc2 is not None else 4 * model.embed_dim
-    fused = isinstance(getattr(mlp, "act", None), FUSED_ACTIVATIONS)
-    plain_stem = isinstance(getattr(model.patch_embed, "proj", None), nn.Conv2d) and not hasattr(
-        model.patch_embed, "backbone"
-    )
-    counts: dict[str, int] = {"embeddings": 0, "head": 0}
-    blocks = [0] * len(model.blocks)
-    largest = 0
-    for region, _, parameter in named_regions(model):
-        largest = max(largest, parameter.numel())
-        if isinstance(region, int):
-            blocks[region] += parameter.numel()
-        else:
-            counts[region] += parameter.numel()
-    image = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
-    image_px = (int(image[0]), int(image[1]))
-    stem = (0, 0) if plain_stem else stem_floats(model.patch_embed, image_px)
-    grid = model.patch_embed.grid_size
-    return ViTShape(
-        name=name,
-        depth=len(model.blocks),
-        width=model.embed_dim,
-        heads=heads,
-        head_width=getattr(attention, "head_dim", None) or model.embed_dim // heads,
-        mlp_width=mlp_width,
-        patch_tokens=model.patch_embed.num_patches,
-        prefix_tokens=model.num_prefix_tokens,
-        classes=model.num_classes,
-        image_px=image_px,
-        patch_px=(image_px[0] // grid[0], image_px[1] // grid[1]),
-        class_token=bool(model.has_class_token),
-        token_pool=model.global_pool == "token",
-        fused_qkv=isinstance(attention, Attention),
-        layer_scale=not isinstance(getattr(block, "ls1", nn.Identity()), nn.Identity),
-        qk_norm=not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity),
-        pre_norm=not isinstance(model.norm_pre, nn.Identity),
-        gated_mlp=gated,
-        hidden_layers=4 if gated else 2 if fused else 3,
-        mlp_half=has_mlp_half(block),
-        block_saved_floats=block_saved_floats(block, model.embed_dim),
-        stem_saved_floats=stem[0],
-        stem_largest_floats=stem[1],
-        embed_parameters=counts["embeddings"],
-        block_parameters=max(blocks),
-        head_parameters=counts["head"],
-        largest_parameter=largest,
-    )

@@ -21,7 +21,7 @@ from edgetune.data import Preprocess
 from edgetune.errors import EdgetuneError, UnknownModel, UnsupportedModel, WeightsError
 from edgetune.shapes import check_image_size
 from edgetune.vit.hub import hub_errors_at_once, pretrained_file
-from edgetune.vit.loop import check_supported, shape_of
+from edgetune.vit.loop import check_supported
 from edgetune.vit.names import (
     MICRO_FOLDER,
     MICRO_MODEL,
@@ -33,6 +33,7 @@ from edgetune.vit.names import (
     timm_name,
     weights_file,
 )
+from edgetune.vit.shape import shape_of
 from edgetune.vit.weights import built_empty, classifier_names, load_all_weights, load_weights, reading_bytes
 
 __all__ = [

@@ -1,78 +1,287 @@
-"""What autograd keeps of a model's own parts, found by running one of them on almost nothing.
+"""Parts of a model that are not timm's plain ones, run once on torch's meta device to see what they hold.
 
-Arithmetic knows timm's plain block. Other norms, activations, gates and stems keep other things, and each that a count
-gets wrong is a cap that does not hold; so a block is asked.
+Arithmetic (`cost/`) knows the plain block, the plain patch embedding and the plain head. Other norms, activations, gates,
+stems and poolings hold other things, and each that a count gets wrong is a cap that does not hold; so such a part is run,
+in every way that a step may run it, by the code that runs it in a step. No memory is taken and nothing of the model
+changes.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-PROBED_TOKENS = 8
+from edgetune.cost import BlockState, Recompute
+from edgetune.cost.probed import Bytes, ProbedPart, ProbedWalk, added, block_way, largest, part_way
+from edgetune.cost.tape import FLOAT_BYTES, RANDOM_STATE_BYTES
+from edgetune.vit.dimensions import CLASSES, IMAGES, LEAVING, TOKENS, Dimensions
+from edgetune.vit.half import store_half
+from edgetune.vit.kernels import fused_attention
+from edgetune.vit.ledger import Ledger
+
+RunBlock = Callable[[nn.Module, Tensor, int, int, Recompute], Tensor]
+_GRADIENTS = range(3)  # they stay, are added to others, are used up
 
 
-def block_saved_floats(block: nn.Module, width: int) -> tuple[int, int]:
-    """Floats a token that autograd keeps of a block on the gradient's path: (frozen, trained).
+class Stream(NamedTuple):
+    """The residual stream (B, T, D)."""
 
-    The block's values and flags stay what they are; one without memory (on the meta device) is tried on a copy with
-    memory that nothing was written to.
+    width: int
+    prefix_tokens: int
+    transposed: bool = False  # as a convolution leaves it where no prefix token is put before it: D outside of T
+
+
+def probe_block(block: nn.Module, run: RunBlock, stream: Stream, *, prunes: bool, has_half: bool) -> ProbedPart:
+    """A block in every way that a step may run it. `run`: as `loop.run_block`; `prunes`: tokens may be dropped after it.
+
+    `has_half`: its MLP half can be recomputed by itself.
     """
-    if any(parameter.is_meta for parameter in block.parameters()):
-        block = copy.deepcopy(block).to_empty(device="cpu")
-    training = [(module, module.training) for module in block.modules()]
-    gradient = [(parameter, parameter.requires_grad) for parameter in block.parameters()]
-    try:
-        frozen, trained = (_saved_a_token(block, width, trains) for trains in (False, True))
-    finally:
-        for module, flag in training:
-            module.training = flag
-        for parameter, flag in gradient:
-            parameter.requires_grad_(flag)
-    return frozen, trained
+    ways = _block_ways(block, run, stream, IMAGES, prunes=prunes, has_half=has_half)
+    alone: tuple[tuple[int, ProbedWalk], ...] = ()
+    if any(each.pair for _, walk in ways for each in walk.forward):
+        # Whole attention matrices are made by products that lay several images out anew, and one not.
+        alone = _block_ways(block, run, stream, 1, prunes=prunes, has_half=has_half)
+    return ProbedPart(ways, _shapes(block), alone)
 
 
-def _saved_a_token(block: nn.Module, width: int, trains: bool) -> int:
-    block.train(trains).requires_grad_(trains)
-    device = next(block.parameters()).device
-    # On the CPU, since another device saves other things; fork_rng, since dropout draws.
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        tokens = torch.zeros(1, PROBED_TOKENS, width, device=device, requires_grad=True)
-        return -(-_saved_floats(block, tokens) // PROBED_TOKENS)
+def _block_ways(
+    block: nn.Module, run: RunBlock, stream: Stream, images: int, *, prunes: bool, has_half: bool
+) -> tuple[tuple[int, ProbedWalk], ...]:
+    levels = [level for level in Recompute if has_half or level is not Recompute.MLP]
+    prefix, dimensions = stream.prefix_tokens, Dimensions(stream.prefix_tokens, images)
+    came, random = Bytes(token=stream.width * FLOAT_BYTES), Bytes(once=RANDOM_STATE_BYTES)
+    whole, halved = _on_meta(block), _on_meta(block)
+    store_half(SimpleNamespace(blocks=[halved]), 1)
+    weights = Bytes(once=sum(parameter.numel() for parameter in block.parameters()) * FLOAT_BYTES)
+    ways: dict[int, ProbedWalk] = {}
+
+    def add(
+        state: BlockState, level: Recompute, pruned: bool, lowest: bool = False, gradients: int = 0, half: bool = False
+    ) -> None:
+        own, leaving = halved if half else whole, (LEAVING if pruned else TOKENS) - prefix
+        trained = state is BlockState.TRAINED
+        _set(own, trained)
+        walk = _probe(
+            lambda tokens: run(own, tokens, leaving, prefix, level),
+            own,
+            _tokens_of(stream, images),
+            dimensions,
+            keeps=state is not BlockState.BELOW,
+            inner=state is not BlockState.BELOW and not lowest,
+            gradients=gradients,
+        )
+        # What is live at the end is the output and what lies in between; at the start the input was live.
+        out = Bytes(leaving=stream.width * FLOAT_BYTES) if pruned else came
+        kept = added(added(walk.kept, came), out, -1)
+        beside = random if trained and level is not Recompute.NOTHING else Bytes()
+        ways[block_way(state, level, pruned=pruned, lowest=lowest, gradients=gradients, half=half)] = ProbedWalk(
+            tuple(added(each, beside) for each in walk.forward),
+            added(kept, beside),
+            tuple(added(each, beside) for each in walk.backward),
+            weights if trained and not gradients else Bytes(),
+        )
+
+    for pruned in (False, True) if prunes else (False,):
+        for half in (False, True):
+            add(BlockState.BELOW, Recompute.NOTHING, pruned, half=half)
+        for level in levels:
+            add(BlockState.ON_PATH, level, pruned)
+            for gradients, lowest in product(_GRADIENTS, (False, True)):
+                add(BlockState.TRAINED, level, pruned, lowest, gradients)
+    return tuple(sorted(ways.items()))
 
 
-def _saved_floats(module: nn.Module, inputs: Tensor) -> int:
-    """Floats in the storages that autograd keeps of one forward pass, but for the module's own parameters."""
-    own = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
-    kept: dict[int, Tensor] = {}
+def probe_embed(model: nn.Module, run: Callable[[Any, Tensor], Tensor], image_px: tuple[int, int]) -> ProbedPart:
+    """Images to tokens, frozen and trained. `run`: as `loop.embed`."""
+    own = _on_meta(model, without=("blocks", "norm", "attn_pool", "fc_norm", "head", "head_dist"))
+    ways = {}
+    for keeps, gradients in ((False, 0), *((True, each) for each in _GRADIENTS)):
+        _set(own, keeps)
+        ways[part_way(keeps=keeps, gradients=gradients)] = _probe(
+            lambda images: run(own, images),
+            own,
+            lambda: torch.empty((IMAGES, 3, *image_px), device="meta"),
+            Dimensions(0),
+            keeps=keeps,
+            inner=False,
+            gradients=gradients,
+            input_is_ours=False,
+        )
+    return ProbedPart(tuple(ways.items()), _shapes(own), buffer_bytes=_buffer_bytes(own))
 
-    def see(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(see, lambda tensor: tensor):
-        output = module(inputs)
-    del output
-    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in own) // 4
-
-
-def stem_floats(patch_embed: nn.Module, image_px: tuple[int, int]) -> tuple[int, int]:
-    """Floats an image of a convolutional stem: (kept by autograd where it trains, its largest feature map)."""
-    largest = 0
-
-    def see(_module: nn.Module, _inputs: object, output: object) -> None:
-        nonlocal largest
-        if isinstance(output, Tensor):
-            largest = max(largest, output.numel())
-
-    stem = copy.deepcopy(patch_embed).to("meta").eval().requires_grad_(True)
-    images = torch.empty(2, 3, *image_px, device="meta")
-    # What does not grow with the batch (standardised kernels) is no image's.
-    kept = _saved_floats(stem, images) - _saved_floats(stem, images[:1].clone())
-    for module in stem.modules():
-        module.register_forward_hook(see)
+def is_transposed(model: nn.Module, run: Callable[[Any, Tensor], Tensor], image_px: tuple[int, int]) -> bool:
+    """How the embeddings leave the residual stream. `run`: as `loop.embed`."""
+    own = _on_meta(model, without=("blocks", "norm", "attn_pool", "fc_norm", "head", "head_dist")).eval()
     with torch.no_grad():
-        stem(images[:1])
-    return kept, largest
+        return not run(own, torch.empty((2, 3, *image_px), device="meta")).is_contiguous()
+
+
+def probe_head(model: Any, stream: Stream) -> ProbedPart:
+    """Final norm, pooling, classifier and loss: trained, and in evaluation."""
+    own = _on_meta(model, without=("blocks", "patch_embed", "norm_pre"))
+    for name, module in own.named_children():
+        if isinstance(module, nn.Linear) and module.out_features == model.num_classes:
+            setattr(own, name, nn.Linear(module.in_features, CLASSES, module.bias is not None, device="meta"))
+    for name in list(own._parameters):
+        own._parameters[name] = None  # position embedding and tokens
+    target = torch.empty(IMAGES, dtype=torch.int64, device="meta")
+
+    def logits(tokens: Tensor) -> Tensor:
+        result: Tensor = own.forward_head(own.norm(tokens))
+        return result
+
+    def loss(tokens: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits(tokens), target, reduction="sum")
+
+    ways = {}
+    for keeps, inner, gradients in (
+        (False, False, 0),
+        *((True, inner, each) for inner in (False, True) for each in _GRADIENTS),
+    ):
+        _set(own, keeps)
+        ways[part_way(keeps=keeps, inner=inner, gradients=gradients)] = _probe(
+            loss if keeps else logits,
+            own,
+            _tokens_of(stream, IMAGES),
+            Dimensions(stream.prefix_tokens),
+            keeps=keeps,
+            inner=inner,
+            gradients=gradients,
+        )
+    others = tuple(shape for shape in _shapes(own) if CLASSES not in shape)
+    return ProbedPart(tuple(ways.items()), others, buffer_bytes=_buffer_bytes(own))
+
+
+def _tokens_of(stream: Stream, images: int) -> Callable[[], Tensor]:
+    if stream.transposed:
+        return lambda: torch.empty((images, stream.width, TOKENS), device="meta").transpose(1, 2)
+    return lambda: torch.empty((images, TOKENS, stream.width), device="meta")
+
+
+def _shapes(module: nn.Module) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(parameter.shape) for parameter in module.parameters())
+
+
+def _buffer_bytes(module: nn.Module) -> int:
+    return sum(buffer.nbytes for buffer in module.buffers())
+
+
+def _set(module: nn.Module, trained: bool) -> None:
+    """As `loop.apply_selection` does it."""
+    module.train(trained).requires_grad_(trained)
+    for each in module.modules():
+        if isinstance(each, nn.modules.batchnorm._BatchNorm):
+            each.eval()
+
+
+def _on_meta(module: nn.Module, without: tuple[str, ...] = ()) -> Any:
+    """A copy without memory: float32 whatever it is stored as; the children `without` are left out."""
+    memo: dict[int, Any] = {}
+    for name in without:
+        child = getattr(module, name, None)
+        if isinstance(child, nn.Module):
+            memo[id(child)] = nn.Identity()
+    for parameter in module.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, device="meta"))
+    for buffer in module.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(module, memo)
+
+
+class _Above(torch.autograd.Function):
+    """What comes after a part: its backward makes the gradient of the part's output, and then the part's own begins."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, ledger: Ledger) -> Tensor:
+        ctx.shape, ctx.ledger = output.shape, ledger
+        return output.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[Tensor, None]:
+        made = torch.empty(ctx.shape, device="meta")
+        ctx.ledger.begin()
+        return made, None
+
+
+class _Below(torch.autograd.Function):
+    """What comes before a part: its backward sees the gradient of the part's input."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, make: Callable[[], Tensor], ended: list[Bytes], ledger: Ledger) -> Tensor:
+        ctx.ended, ctx.ledger = ended, ledger
+        return make()
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[None, None, None, None]:
+        ctx.ended.append(ctx.ledger.live)
+        return None, None, None, None
+
+
+def _probe(
+    run: Callable[[Tensor], Tensor],
+    module: nn.Module,
+    make: Callable[[], Tensor],
+    dimensions: Dimensions,
+    *,
+    keeps: bool,
+    inner: bool,
+    gradients: int,
+    input_is_ours: bool = True,
+) -> ProbedWalk:
+    """One run of a part, forward and, where it keeps anything, backward.
+
+    `make` makes its input. A part whose output is a scalar is taken to end in the loss. `input_is_ours`: the input is the
+    part's to give back.
+    """
+    parameters = list(module.parameters())
+    ledger = Ledger(dimensions, [*parameters, *module.buffers()])
+    for parameter in parameters:
+        parameter.grad = None
+        if keeps and gradients == 1 and parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+            ledger.know(parameter.grad)
+    with torch.random.fork_rng(devices=[]), _used_up(parameters if gradients == 2 else []), ledger, fused_attention():
+        ended: list[Bytes] = []
+        if inner:
+            tokens = _Below.apply(torch.empty((), device="meta", requires_grad=True), make, ended, ledger)
+        else:
+            tokens = make()
+            if not input_is_ours:
+                ledger.know(tokens)
+        ledger.begin()
+        with torch.set_grad_enabled(keeps):
+            tokens = run(tokens)
+        kept, forward = ledger.live, largest(ledger.tops)
+        if not keeps:
+            return ProbedWalk(forward, kept)
+        if tokens.dim():
+            tokens = _Above.apply(tokens, ledger)
+        ledger.begin()
+        tokens.backward()
+        end = ended[0] if ended else ledger.live
+    return ProbedWalk(forward, kept, largest(ledger.tops), added(kept, end))
+
+
+@contextmanager
+def _used_up(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """While this is entered, a gradient goes as soon as it is there."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(drop)  # type: ignore[no-untyped-call]
+        for parameter in parameters
+        if parameter.requires_grad
+    ]
+    yield
+    for handle in handles:
+        handle.remove()

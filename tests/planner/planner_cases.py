@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 from hypothesis import strategies as st
-from shapes import DEIT_TINY, make_shape
+from shapes import DEIT_TINY, make_shape, probed_block
 
 from edgetune.cost import Selection, StepSetup, ViTShape, step_peak_bytes
 from edgetune.methods import METHODS, space_of
@@ -58,8 +58,7 @@ def setup_of_plan(chosen: Plan, *, micro_batch: int | None = None, accumulation:
 @st.composite
 def shapes(draw: st.DrawFn, *, least_depth: int = 1, max_depth: int = 8, max_grid: int = 16) -> ViTShape:
     heads = draw(st.sampled_from([1, 3]))
-    gated = draw(st.booleans())
-    return make_shape(
+    shape = make_shape(
         depth=draw(st.integers(least_depth, max_depth)),
         width=8 * heads * draw(st.integers(1, 48)),
         heads=heads,
@@ -71,12 +70,16 @@ def shapes(draw: st.DrawFn, *, least_depth: int = 1, max_depth: int = 8, max_gri
         layer_scale=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
         pre_norm=draw(st.booleans()),
-        gated_mlp=gated,
-        # An activation of several kernels, and a block that keeps more than a plain one: both stand out in the forward.
-        hidden_layers=4 if gated else draw(st.sampled_from([2, 3])),
-        block_saved_floats=draw(st.sampled_from([None, None, (3000, 5000), (0, 40_000)])),
+        gated_mlp=draw(st.booleans()),
         mlp_half=draw(st.sampled_from([True, True, False])),
     )
+    # Blocks that are not plain: of one kind, or of two.
+    hidden = draw(st.lists(st.sampled_from([300, 5000, 40_000]), max_size=2))
+    if not hidden:
+        return shape
+    parts = tuple(probed_block(shape.width, floats, shape.block_parameters) for floats in hidden)
+    kinds = draw(st.lists(st.integers(0, len(parts) - 1), min_size=shape.depth, max_size=shape.depth))
+    return msgspec.structs.replace(shape, probed_blocks=parts, block_kinds=tuple(kinds))
 
 
 @st.composite

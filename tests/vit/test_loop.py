@@ -27,8 +27,8 @@ from edgetune.vit.loop import (
     keep_tokens,
     named_regions,
     region_of,
-    shape_of,
 )
+from edgetune.vit.shape import shape_of
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor | None]:

@@ -151,7 +151,7 @@ def test_the_head_is_for_the_datas_classes_and_nothing_else_changes() -> None:
     ],
 )
 def test_a_model_is_described_without_memory_as_it_would_be_loaded(name: str, image_px: int | None) -> None:
-    from edgetune.vit.loop import shape_of
+    from edgetune.vit.shape import shape_of
 
     shape, preprocess = describe(ModelSource(name=name, image_px=image_px), CLASSES)
     loaded = _load(name, image_px=image_px)
