@@ -54,7 +54,7 @@ class Guard:
 
     def needed_bytes(self, plan: Plan) -> int:
         """What a step under this plan is predicted to add to what the process has now."""
-        return max(0, plan.predicted_peak_bytes - plan.runtime_bytes - _added_bytes(self.judge, self.meter))
+        return max(0, growth_to_come(plan) - _added_bytes(self.judge, self.meter))
 
     def shortage(self, plan: Plan) -> str | None:
         """A sentence if the machine has less memory left than a step under this plan may take."""
@@ -71,7 +71,7 @@ class Guard:
         Raises: DoesNotFit if this plan is the least.
         """
         runtime, phases = current.runtime_bytes, current.predicted_phase_bytes
-        growth = max((size for phase, size in phases.items() if phase not in PAST), default=runtime) - runtime
+        growth = growth_to_come(current) if phases else 0
         room = _added_bytes(self.judge, self.meter) + room_bytes() - UNCOUNTED_BYTES
         splits = tuple(split for split in request.space.splits if split >= current.split_block)
         request = msgspec.structs.replace(
@@ -102,8 +102,17 @@ class Guard:
 
     def is_out_of_memory(self, error: BaseException, plan: Plan) -> bool:
         # What was needed is known from the plan alone: what the failed step held is still held here.
-        needed = plan.predicted_peak_bytes - plan.runtime_bytes
+        needed = growth_to_come(plan)
         return is_out_of_memory(error, left_bytes=left_bytes(self.limit), needed_bytes=needed)
+
+
+def growth_to_come(plan: Plan) -> int:
+    """What the plan says that a run which trains already adds to its runtime at most."""
+    phases = plan.predicted_phase_bytes.items()
+    return (
+        max((size for phase, size in phases if phase not in PAST), default=plan.predicted_peak_bytes)
+        - plan.runtime_bytes
+    )
 
 
 def _added_bytes(judge: Judge, meter: MemoryMeter) -> int:

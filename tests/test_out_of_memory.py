@@ -29,7 +29,7 @@ from edgetune.report import RunReport, read_report
 from edgetune.store import read_plan
 from edgetune.units import MIB
 
-RUN: dict[str, Any] = {"steps": 6, "method": "alast", "seed": 2, "checkpoint_every": 1}
+RUN: dict[str, Any] = {"steps": 6, "method": "alast", "split": "lowest", "seed": 2, "checkpoint_every": 1}
 WORDS = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes"
 
 
