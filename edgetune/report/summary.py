@@ -51,6 +51,8 @@ def print_summary(report: RunReport, console: Console) -> None:
     line(_title(report), "bold")
     for label, text in _facts(report, wide):
         line(f"{label:{_LABEL_CELLS}}{text}")
+    for label, text in _tightening_lines(report):
+        line(f"{label:{_LABEL_CELLS}}{text}")
     for text in _recall_lines(report, wide):
         line(text)
     for note in report.notes[:_MAX_NOTES]:
@@ -110,6 +112,16 @@ def _facts(report: RunReport, wide: bool) -> Iterator[tuple[str, str]]:
         if report.flops is not None and report.flops_full is not None:
             text += f" ({format_count(report.flops)} of {format_count(report.flops_full)})"
         yield "compute", text + (f", {_share(report.tokens_share)} of its tokens" if report.tokens_share else "")
+    if report.cached_blocks and report.cache_bytes is not None:
+        yield (
+            "cache",
+            f"{_plural(report.cached_blocks, 'block')} computed once, {format_bytes(report.cache_bytes)} on disk"
+            + _list(
+                ("written by this run", report.cache_written_bytes, format_bytes),
+                ("made in", report.cache_seconds, format_seconds),
+                ("weights that left memory", report.dropped_weights_bytes, format_bytes),
+            ),
+        )
     yield "memory", _memory(report, wide)
     if report.predicted_peak_bytes is not None:
         yield "", f"predicted {format_bytes(report.predicted_peak_bytes)}"
@@ -123,6 +135,11 @@ def _facts(report: RunReport, wide: bool) -> Iterator[tuple[str, str]]:
                 ("training added", report.training_peak_bytes, format_bytes),
             ),
         )
+
+
+def _tightening_lines(report: RunReport) -> Iterator[tuple[str, str]]:
+    for text in report.tightenings:
+        yield "tightened", " ".join(text.split())
 
 
 def _memory(report: RunReport, wide: bool) -> str:

@@ -53,6 +53,26 @@ def test_everything_promised_is_printed(report: RunReport) -> None:
     )
 
 
+def test_a_cached_prefix_and_tightened_steps_are_printed(report: RunReport) -> None:
+    assert "cache" not in printed(changed(report, notes=(), cached_blocks=0, cache_bytes=None))
+    text = printed(
+        changed(
+            report,
+            cached_blocks=8,
+            cache_bytes=41 * MIB,
+            cache_written_bytes=0,
+            cache_seconds=62.0,
+            dropped_weights_bytes=13 * MIB,
+            tightenings=("step 3: memory ran out; done again",),
+        )
+    )
+    assert (
+        "cache       8 blocks computed once, 41.0 MiB on disk, written by this run 0 B, made in 1 min 02 s, "
+        "weights that left memory 13.0 MiB" in text
+    )
+    assert "tightened   step 3: memory ran out; done again" in text
+
+
 def test_top_k_is_printed_only_where_it_says_something(report: RunReport) -> None:
     assert "top-" not in printed(report)  # 4 of 4 classes
     assert "top-5 99.0 %" in printed(changed(report, classes=tuple("abcdefg"), topk=5, val_topk_accuracy=0.99))
