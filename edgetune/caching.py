@@ -83,9 +83,10 @@ class Features:
         parts = (self.train, self.val, self.pruned_val)
         return [part.store for part in parts if part is not None]
 
-    def close(self) -> None:
+    def remove(self) -> None:
+        """Delete it: what is there is of no use."""
         for store in self._stores:
-            store.close()
+            store.remove()
 
 
 class Loaded(NamedTuple):

@@ -160,7 +160,7 @@ def begin(session: Session, job: Job) -> None:
     try:
         make(job, features)
     except FeaturesOverflow as error:
-        features.close()
+        features.remove()
         job.listener.note(f"{error}; the cache is kept as float32")
         features = open_features(job, place, prefix, "float32")
         make(job, features)

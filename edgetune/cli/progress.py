@@ -46,6 +46,7 @@ class Terminal:
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
         self._last_line = 0.0
+        self._began: dict[str, tuple[float, int]] = {}  # when, and how many were done by then
 
     def __enter__(self) -> Terminal:
         if self.console.is_terminal and not self.quiet:
@@ -74,7 +75,9 @@ class Terminal:
             self.console.print(printable(shown(text), self.console.encoding), markup=False)
 
     def progress(self, what: str, done: int, total: int) -> None:
-        self._show(what, done, total, "")
+        began, first = self._began.setdefault(what, (time.monotonic(), done))
+        left = (time.monotonic() - began) / (done - first) * (total - done) if done > first else 0.0
+        self._show(what, done, total, f"ETA {format_seconds(left)}" if left >= 1 else "")
         if done >= total:
             self._end(what)
 
@@ -112,6 +115,7 @@ class Terminal:
             self.note(f"{what} {done}/{total}  {detail}".rstrip())
 
     def _end(self, what: str) -> None:
+        self._began.pop(what, None)
         task: Any = self._tasks.pop(what, None)
         if task is not None and self._bars is not None:
             self._bars.remove_task(task)
