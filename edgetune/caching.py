@@ -280,7 +280,7 @@ def _make_part(job: Job, features: Features, cached: CachedImages, images: Image
                 places = here[start : start + job.plan.cache_batch]
                 yield places, read(places % cached.count, view)[0]
 
-    depth = 0 if job.transform is not None and training else 1
+    depth = 0 if not job.plan.overlaps or (job.transform is not None and training) else 1
     try:
         with closing(prefetch(batches(), depth=depth)) as source:
             for places, inputs in source:

@@ -14,7 +14,7 @@ from edgetune.backends.base import Backend
 from edgetune.cost import FLOAT_BYTES, ViTShape
 from edgetune.data import DataFolder, Preprocess, bundled_sample, class_weights, open_folder
 from edgetune.enforce import by_rlimit, rehearse
-from edgetune.errors import BackendUnavailable, UsageError
+from edgetune.errors import BackendUnavailable, DoesNotFit, UsageError
 from edgetune.job import Listener
 from edgetune.judge import Judge, is_this_machine, judge_for, threads_for
 from edgetune.memory import MemoryMeter, limit_allocator
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Of what is left for training, the share that decoding one image may take at the most.
 DECODE_SHARE = 1 / 3
 LEAST_DECODE_BYTES = 8 * MIB
+# An image whose decoding takes no more is always loaded while a step runs.
+OVERLAPPED_DECODE_BYTES = 4 * MIB
 # Passes over the images from which on it pays to look for the split.
 LEAST_PASSES = 3
 # Of what is free on the disk, the share that a cache may take.
@@ -128,7 +130,7 @@ def prepare(
     settings, request = with_cache(settings, request, data, disk_room)
     plan = stored_plan
     if plan is None:
-        plan = make_plan(request, smaller_models=known_shapes(len(data.classes)))
+        request, plan = planned(request, len(data.classes))
     elif len(plan.token_ceiling) != shape.depth or plan.token_ceiling[0] != shape.patch_tokens:
         raise UsageError(
             f"the plan is for {plan.model} ({len(plan.token_ceiling)} blocks, {plan.token_ceiling[0]} patch tokens), "
@@ -155,6 +157,21 @@ def prepare(
         decode_budget_bytes=decode_budget,
         notes=tuple(notes),
     )
+
+
+def planned(request: PlanRequest, classes: int) -> tuple[PlanRequest, Plan]:
+    """The plan, and the request with how images are loaded: between steps where decoding them beside a step would bind."""
+    smaller = known_shapes(classes)
+    if request.decode_bytes <= OVERLAPPED_DECODE_BYTES:
+        return request, make_plan(request, smaller_models=smaller)
+    try:
+        plan = make_plan(request)
+        if not plan.memory_binds:
+            return request, plan
+    except DoesNotFit:
+        pass
+    request = msgspec.structs.replace(request, overlaps=False)
+    return request, make_plan(request, smaller_models=smaller)
 
 
 def tell_plan(plan: Plan, listener: Listener) -> None:

@@ -179,7 +179,7 @@ def _batch_that_fits(request: PlanRequest) -> tuple[int, int]:
     shape = request.shape
     for batch in (16, 4, 1):
         forward = evaluation_peak_bytes(shape, batch, threads=request.threads)
-        waiting = PREFETCHED_BATCHES * input_bytes(shape, batch) + request.decode_bytes
+        waiting = (PREFETCHED_BATCHES * input_bytes(shape, batch) if request.overlaps else 0) + request.decode_bytes
         live = shape.parameters * FLOAT_BYTES + forward + waiting + look_bytes(shape, batch)
         peak = process_bytes(request.runtime_bytes, live)
         if peak <= request.cap_bytes:

@@ -229,7 +229,7 @@ def _evaluate(job: Job, images: ImageSet, use: Use) -> Scores:
         for start in range(0, total, size):
             yield load(job, images, np.arange(start, min(start + size, total)), 0, use)
 
-    with closing(prefetch(batches())) as source:
+    with closing(prefetch(batches(), depth=int(job.plan.overlaps))) as source:
         for number, loaded in enumerate(source):
             if job.stop.is_set():
                 raise Interruption
@@ -302,7 +302,7 @@ def _parts(job: Job) -> Generator[_Part, None, None]:
                 yield _Part(step, start + size >= len(indices), loaded)
 
     # timm's augmentation draws from global generators, so it must run between steps, in this thread.
-    return prefetch(produce(), depth=0 if job.transform is not None else 1)
+    return prefetch(produce(), depth=1 if job.plan.overlaps and job.transform is None else 0)
 
 
 def _weight_sum(job: Job, indices: npt.NDArray[np.int64]) -> float:

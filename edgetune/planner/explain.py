@@ -50,6 +50,8 @@ def explain(
         lines.append("optimizer state of blocks that a step does not train is dropped")
     if request.half_frozen and lossy.split_block:
         lines.append(f"the frozen weights of the {lossy.split_block} blocks below the split are stored as bfloat16")
+    if not request.overlaps:
+        lines.append("images are loaded between steps, so that decoding one does not stand beside a step")
     lines += _prefix_lines(request, lossy, faster)
     if lossy.trained_blocks and lossy.split_block and not space.draws:
         lines.append(f"the lowest trained block is {lossy.split_block} of {shape.depth}: nothing below it is kept")

@@ -49,6 +49,19 @@ def _most_live_bytes(room: int, head_alone: bool) -> int:
     return bisect_right(range(max(0, room)), room, key=lambda live: process_bytes(0, live, head_alone=head_alone)) - 1
 
 
+def training_live_bytes(request: PlanRequest, lossy: Lossy, batch: int, step_bytes: int, resting_bytes: int) -> int:
+    """Live bytes while the run trains: of a step and what waits beside it, or of loading where that is between steps.
+
+    `resting_bytes`: of the step, what is there before its first micro-batch, the micro-batch itself included.
+    """
+    live = step_bytes + prefetched_bytes(request, lossy, batch)
+    prefix = cached_prefix(request, lossy)
+    if request.overlaps or (prefix is not None and prefix.whole):
+        return live
+    # The micro-batch before is still there.
+    return max(live, resting_bytes + cost.input_bytes(request.shape, batch) + request.decode_bytes)
+
+
 def prefetched_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
     """Micro-batches that wait beside a step: of images with the decoding of one more, or of what the cache holds."""
     prefix = cached_prefix(request, lossy)
@@ -57,6 +70,8 @@ def prefetched_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
         features = batch * prefix.stored_tokens * prefix.width * FLOAT_BYTES
         if prefix.whole:
             return PREFETCHED_BATCHES * features + READ_BYTES
+    if not request.overlaps:
+        return features
     return PREFETCHED_BATCHES * (cost.input_bytes(request.shape, batch) + features) + request.decode_bytes
 
 
@@ -91,7 +106,10 @@ def _forward_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
     """A forward pass from images, without gradient, and the images that wait."""
     half = lossy.split_block if request.half_frozen else 0
     forward = cost.evaluation_peak_bytes(request.shape, batch, threads=request.threads, half_blocks=half)
-    return forward + PREFETCHED_BATCHES * cost.input_bytes(request.shape, batch) + request.decode_bytes
+    inputs = cost.input_bytes(request.shape, batch)
+    if not request.overlaps:
+        return max(forward, 2 * inputs + request.decode_bytes)
+    return forward + PREFETCHED_BATCHES * inputs + request.decode_bytes
 
 
 def caching_live_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:

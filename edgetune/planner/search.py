@@ -19,8 +19,8 @@ from edgetune.planner.phases import (
     cache_batch,
     evaluation_batch,
     phases,
-    prefetched_bytes,
     process_bytes,
+    training_live_bytes,
     trains_head_alone,
 )
 from edgetune.planner.prefix import cached_prefix
@@ -95,7 +95,8 @@ def _finish(request: PlanRequest, lossy: Lossy, lossless: Lossless, refused: Ref
     live, worst = worst_draw(request, lossy, lossless)
     setup = setup_of(request, lossy, lossless)
     step: StepCost = step_cost(shape, worst, setup)
-    training = live + prefetched_bytes(request, lossy, lossless.micro_batch)
+    resting = Ways(request, lossy).resting_bytes(lossless)
+    training = training_live_bytes(request, lossy, lossless.micro_batch, live, resting)
     predicted = phases(request, lossy, training)
     seconds = seconds_of(request, lossy, lossless)
     peak = max(predicted.values())
@@ -121,6 +122,8 @@ def _finish(request: PlanRequest, lossy: Lossy, lossless: Lossless, refused: Ref
         evaluation_batch=evaluation_batch(request, lossy, training),
         prefix=cached_prefix(request, lossy),
         cache_batch=cache_batch(request, lossy, training),
+        overlaps=request.overlaps,
+        memory_binds=refused is not None,
         threads=request.threads,
         cap_bytes=request.cap_bytes,
         runtime_bytes=request.runtime_bytes,
@@ -149,7 +152,9 @@ def _plainer(
     plain = msgspec.structs.replace(
         lossless, recompute=(Recompute.NOTHING,) * request.shape.depth, recompute_frozen=Recompute.NOTHING
     )
-    live = worst_draw(request, lossy, plain)[0] + prefetched_bytes(request, lossy, plain.micro_batch)
+    resting = Ways(request, lossy).resting_bytes(plain)
+    worst, _ = worst_draw(request, lossy, plain)
+    live = training_live_bytes(request, lossy, plain.micro_batch, worst, resting)
     return max(phases(request, lossy, live).values()) - peak, seconds / seconds_of(request, lossy, plain) - 1
 
 

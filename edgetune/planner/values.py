@@ -96,6 +96,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     keeps_state: bool | None = None
     half_frozen: bool = False
     decode_bytes: int = 0  # the largest image's decoding
+    overlaps: bool = True  # images are loaded while a step runs, else between steps
     load_copies: float = 1.0  # of the weights, while they are loaded
     threads: int = 1
     peak_flops_per_s: float | None = None
@@ -129,6 +130,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     evaluation_batch: int
     prefix: CachedPrefix | None  # read from a cache
     cache_batch: int  # images that go through it at once while it is made
+    overlaps: bool  # images are loaded while a step runs
+    memory_binds: bool  # a larger or faster plan was refused
     threads: int
     cap_bytes: int
     runtime_bytes: int

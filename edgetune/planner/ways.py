@@ -14,7 +14,7 @@ from edgetune.planner.choices import (
     micro_batches,
     recompute_choices,
 )
-from edgetune.planner.phases import least_other_live_bytes, most_live_bytes, prefetched_bytes
+from edgetune.planner.phases import least_other_live_bytes, most_live_bytes, prefetched_bytes, training_live_bytes
 from edgetune.planner.setups import setup_of
 from edgetune.planner.values import Lossless, Lossy, PlanRequest
 from edgetune.planner.worst import Draw, Peaks, first_draw, selected
@@ -86,9 +86,18 @@ class Ways:
     def _fits(self, choice: Lossless) -> bool:
         most = most_live_bytes(self._request)
         room = most - prefetched_bytes(self._request, self._lossy, choice.micro_batch)
+        # What loading takes between steps is in the floor, whatever is recomputed.
         return self._floor(choice) <= most and self._of(choice).all_within(
             room, choice.recompute, choice.recompute_frozen
         )
+
+    def resting_bytes(self, choice: Lossless) -> int:
+        """Of a step, what is live before its first micro-batch, the micro-batch itself included."""
+        return self._of(choice).before
+
+    def _live(self, choice: Lossless, step_bytes: int) -> int:
+        resting = self.resting_bytes(choice)
+        return training_live_bytes(self._request, self._lossy, choice.micro_batch, step_bytes, resting)
 
     def cheapest(self, choices: Iterable[Lossless] | None = None) -> tuple[int, Lossless]:
         """Of some ways, or of all: the one that needs least, and the live bytes it needs."""
@@ -102,7 +111,7 @@ class Ways:
                 break
             if best is None or self._first(choice) < best[0]:
                 peak, _ = self._of(choice).worst(choice.recompute, choice.recompute_frozen)
-                live = peak + prefetched_bytes(self._request, self._lossy, choice.micro_batch)
+                live = self._live(choice, peak)
                 if best is None or live < best[0]:
                     best = (live, choice)
         assert best is not None
@@ -136,10 +145,8 @@ class Ways:
         """What no recompute goes below in the choice's setup."""
         key = (choice.micro_batch, choice.updates_in_backward)
         if key not in self._floors:
-            beside = prefetched_bytes(self._request, self._lossy, choice.micro_batch)
-            self._floors[key] = self._of(choice).floor(levels_allowed(self._request)) + beside
+            self._floors[key] = self._live(choice, self._of(choice).floor(levels_allowed(self._request)))
         return self._floors[key]
 
     def _first(self, choice: Lossless) -> int:
-        beside = prefetched_bytes(self._request, self._lossy, choice.micro_batch)
-        return self._of(choice).first(choice.recompute, choice.recompute_frozen) + beside
+        return self._live(choice, self._of(choice).first(choice.recompute, choice.recompute_frozen))

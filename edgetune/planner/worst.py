@@ -50,6 +50,7 @@ class Peaks:
         self._frame = step_frame(
             shape, first_tokens, lossy.token_ceiling[-1], lossy.embeddings_train, sum(self._first), setup
         )
+        self.before = self._frame.before
         alike = msgspec.structs.replace(
             setup, ever_trained_blocks=0, optimizer="sgd", accumulation=min(2, setup.accumulation)
         )

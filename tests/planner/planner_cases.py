@@ -14,10 +14,10 @@ from edgetune.cost import Selection, StepSetup, ViTShape, step_peak_bytes
 from edgetune.methods import METHODS, space_of
 from edgetune.planner import EmbeddingsChoice, Plan, PlanRequest, setups
 from edgetune.planner.choices import lossless_choices, lossy_choices
-from edgetune.planner.phases import phases, prefetched_bytes
+from edgetune.planner.phases import phases, training_live_bytes
 from edgetune.planner.setups import setup_of
 from edgetune.planner.values import CacheRequest, Lossless, Lossy, with_levels
-from edgetune.planner.ways import AS_FAST, seconds_of
+from edgetune.planner.ways import AS_FAST, Ways, seconds_of
 from edgetune.units import MIB
 
 RUNTIME = 200 * MIB
@@ -117,6 +117,7 @@ def requests(draw: st.DrawFn, *, max_depth: int = 8, max_batch: int = 40, max_gr
         keeps_state=draw(st.sampled_from([None, True, False])),
         half_frozen=draw(st.booleans()),
         decode_bytes=draw(st.integers(0, 30 * MIB)),
+        overlaps=draw(st.sampled_from([True, True, False])),
         load_copies=draw(st.sampled_from([1.0, 2.0])),
         threads=draw(st.integers(1, 4)),
         split_tokens=draw(st.none() | st.floats(0.2, 1)),
@@ -163,7 +164,9 @@ def every_plan(request: PlanRequest) -> list[Tried]:
     found = []
     for number, lossy in enumerate(lossy_choices(request)):
         for place, lossless in enumerate(lossless_choices(request, lossy)):
-            live = worst_by_trying(request, lossy, lossless) + prefetched_bytes(request, lossy, lossless.micro_batch)
+            worst = worst_by_trying(request, lossy, lossless)
+            resting = Ways(request, lossy).resting_bytes(lossless)
+            live = training_live_bytes(request, lossy, lossless.micro_batch, worst, resting)
             peak = max(phases(request, lossy, live).values())
             found.append(Tried(number, seconds_of(request, lossy, lossless), place, peak, lossy, lossless))
     return sorted(found, key=lambda tried: tried[:3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,6 +50,7 @@ def test_the_most_live_bytes_are_under_the_cap_and_one_more_is_not(cap_bytes: in
 @given(requests(max_depth=6), st.floats(0, 1))
 @settings(deadline=None)
 def test_no_phase_passes_the_cap_and_the_peak_is_the_largest(request: PlanRequest, share: float) -> None:
+    request = msgspec.structs.replace(request, overlaps=True)
     smallest = smallest_cap_bytes(request)
     cap = smallest + int(share * smallest)
     chosen = plan(capped(request, cap))
@@ -66,6 +68,26 @@ def test_no_phase_passes_the_cap_and_the_peak_is_the_largest(request: PlanReques
     assert chosen.predicted_phase_bytes["train"] == process_bytes(
         RUNTIME, chosen.predicted.peak_bytes + waiting, head_alone=trains_head_alone(request.space)
     )
+
+
+def test_images_loaded_between_steps_do_not_stand_beside_one() -> None:
+    beside = plan(make_request("full", decode_bytes=40 * MIB))
+    between = plan(make_request("full", decode_bytes=40 * MIB, overlaps=False))
+    without = plan(make_request("full"))
+    assert between.predicted_phase_bytes["train"] < without.predicted_phase_bytes["train"]
+    assert beside.predicted_phase_bytes["train"] > without.predicted_phase_bytes["train"] + 40 * MIB
+    assert (beside.overlaps, between.overlaps) == (True, False)
+    # A photograph that takes more than all else decides all the same.
+    vast = plan(make_request("full", decode_bytes=4000 * MIB, overlaps=False))
+    assert vast.predicted_phase_bytes["train"] > RUNTIME + 4000 * MIB
+    assert vast.predicted_phase_bytes["evaluate"] > RUNTIME + 4000 * MIB
+
+
+@given(requests(max_depth=5))
+@settings(deadline=None, max_examples=50)
+def test_loading_between_steps_never_takes_more(request: PlanRequest) -> None:
+    between = msgspec.structs.replace(request, overlaps=False)
+    assert smallest_cap_bytes(between) <= smallest_cap_bytes(msgspec.structs.replace(request, overlaps=True))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -112,6 +134,7 @@ def test_what_waits_is_two_micro_batches_and_the_image_being_decoded() -> None:
 @given(requests(max_depth=6), st.floats(0, 1))
 @settings(deadline=None)
 def test_the_parts_cover_the_peak_of_training(request: PlanRequest, share: float) -> None:
+    request = msgspec.structs.replace(request, overlaps=True)
     smallest = smallest_cap_bytes(request)
     chosen = plan(capped(request, smallest + int(share * smallest)))
     parts = parts_of(chosen)
