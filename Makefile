@@ -52,6 +52,7 @@ bench: setup
 	$(BIN)/python benchmarks/memory_model.py
 	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/cap.py
+	$(BIN)/python benchmarks/prefix_cache.py
 	$(BIN)/python benchmarks/defaults.py
 
 clean:
