@@ -6,7 +6,7 @@
 
 Tasks: the bundled model (pretrained on clothes) on handwritten digits, and a ViT-S/14 on photographs of solar cells at
 112 px. Every run is `edgetune finetune` in a process of its own. Full fine-tuning gets the best of three rates; so does
-a split at block 8, whose best rate the other splits take. The default (`auto`: nothing named) runs at the default rate.
+a split at block 8, whose best rate the other splits take. `--split auto` runs at the default rate.
 The finalists run with three seeds, and are compared with full fine-tuning image by image.
 """
 
@@ -52,7 +52,7 @@ class Way(NamedTuple):
 
 
 FULL = Way("full", ("--method", "full"))
-AUTO = Way("auto", ())
+AUTO = Way("--split auto", ("--split", "auto"))
 
 
 def tasks(work: Path) -> dict[str, Task]:

@@ -42,7 +42,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     label_smoothing: float = 0.0
     trained_blocks: int | None = None
     split_block: int | None = None
-    split: SplitChoice = "auto"  # where no block is named
+    split: SplitChoice = "lowest"  # where no block is named
     token_floor: float | None = None
     token_ceiling: float | None = None
     split_tokens: float | None = None

@@ -164,15 +164,15 @@ def test_the_look_finds_the_split_and_the_tokens() -> None:
 @pytest.mark.parametrize(
     ("changes", "looked"),
     [
-        ({}, True),
-        ({"split": "lowest"}, False),
-        ({"split_block": 4}, False),
-        ({"trained_blocks": 3}, False),
-        ({"epochs": 2}, False),
-        ({"method": "full"}, False),
+        ({"split": "auto"}, True),
+        ({}, False),
+        ({"split": "auto", "split_block": 4}, False),
+        ({"split": "auto", "trained_blocks": 3}, False),
+        ({"split": "auto", "epochs": 2}, False),
+        ({"split": "auto", "method": "full"}, False),
     ],
 )
-def test_a_run_looks_where_nothing_was_named_and_it_pays(
+def test_a_run_looks_where_it_was_asked_to_and_it_pays(
     tmp_path: Path, changes: dict[str, object], looked: bool
 ) -> None:
     pytest.importorskip("torch")

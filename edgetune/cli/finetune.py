@@ -180,7 +180,7 @@ def finetune(
         str | None,
         _option(
             "--split",
-            help="Block below which nothing ever trains; `auto` (default): the deepest below which a quick look at the images finds nothing that has to change, `lowest`: the lowest that fits.",
+            help="Block below which nothing ever trains; `lowest` (default): the lowest that fits; `auto`: found by a quick look at the images, much cheaper to train above and less accurate on tasks far from pretraining.",
             panel=METHOD,
         ),
     ] = None,
