@@ -158,7 +158,7 @@ def random_step(
         selection=Selection(tuple(block in chosen for block in range(depth)), tuple(counts), embeddings, recompute),
         half_blocks=split if not cached and rng.random() < 0.2 else 0,
         cached_blocks=cached,
-        pooled=cached == depth and MODELS[family][0] != "vit_base_patch32_clip_quickgelu_224" and rng.random() < 0.5,
+        pooled=cached == depth and family in ("plain", "LayerScale", "registers", "base") and rng.random() < 0.5,
     )
 
 

@@ -15,6 +15,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 from doubles import make_images
+from hypothesis import settings
+
+settings.register_profile("few", max_examples=5)
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,7 @@ class Frame(NamedTuple):
     embed_peak: int  # of the embeddings' backward, 0 where they are frozen
     update_peak: int  # of an update after the backward, from nothing
     first_block: int  # that is run
+    viewed: int  # what a prefix token's gradient holds with it
     held_inputs: int  # what is read from the cache stands to the end of a step, whoever is done with it
 
 
@@ -96,8 +97,9 @@ def step_frame(
     gradients = FLOAT_BYTES * trained_parameters(shape, trained_blocks, embeddings_train)
     scratch = update_scratch_bytes(shape, setup.optimizer, trained_blocks > 0, embeddings_train)
     resting = weights + state + inputs
-    # Of one image, a prefix token's gradient is a view of all tokens', which it keeps.
-    viewed = shape.all_tokens * shape.width * FLOAT_BYTES if embeddings_train and batch == 1 else 0
+    # Of one image, a prefix token's gradient is a view of all tokens', which it keeps. Counted of more images too, so that
+    # more never cost less.
+    viewed = shape.all_tokens * shape.width * FLOAT_BYTES if embeddings_train else 0
     tape = Tape()
     tape.take(resting)
     if mode.accumulates:
@@ -126,6 +128,7 @@ def step_frame(
         update_peak=0 if mode.updates_in_backward else resting + gradients + viewed + scratch,
         first_block=setup.cached_blocks,
         held_inputs=inputs if setup.cached_blocks else 0,
+        viewed=viewed,
     )
 
 
@@ -218,7 +221,7 @@ def step_cost(shape: ViTShape, selection: Selection, setup: StepSetup) -> StepCo
         weights_bytes=frame.weights,
         gradients_bytes=0 if setup.updates_in_backward else frame.gradients,
         optimizer_bytes=frame.state,
-        activations_bytes=max(*held, held[-1] + frame.head_kept),
+        activations_bytes=max(*held, held[-1] + frame.head_kept) + frame.viewed,
         workspace_bytes=_workspace(frame, walks, setup.updates_in_backward),
         inputs_bytes=step_input_bytes(shape, setup.micro_batch, _first_tokens(selection, setup), setup),
         peak_bytes=walked_peak(frame, walks, selection.lowest_trained_block),

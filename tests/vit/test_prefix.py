@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import zoo
 
 torch = pytest.importorskip("torch")
 
+import zoo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 

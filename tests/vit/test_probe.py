@@ -13,10 +13,12 @@ from itertools import product
 
 import msgspec
 import pytest
-import torch
-import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+torch = pytest.importorskip("torch")
+
+import zoo
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
