@@ -69,7 +69,7 @@ def write_model(folder: Path, backend: Backend, evaluation_tokens: tuple[int, ..
 
     timm, which passes over what it does not know, evaluates on all.
     """
-    config = read_json(folder / CONFIG_FILE, dict[str, Any])
+    config = read_json(folder / CONFIG_FILE, dict[str, Any]) if (folder / CONFIG_FILE).exists() else {}
     if config.get(TOKENS_KEY) != (None if evaluation_tokens is None else list(evaluation_tokens)):
         config.pop(TOKENS_KEY, None)
         write_json(
