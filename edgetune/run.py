@@ -6,6 +6,7 @@ runtime); everything after it is training. `session.py` trains, `outcome.py` tur
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from contextlib import ExitStack
@@ -18,11 +19,12 @@ from edgetune import devices, system
 from edgetune import settings as settings_module
 from edgetune.backends.base import Backend
 from edgetune.checkpoint import create_run_folder, open_run_folder
-from edgetune.errors import RunFolderError
+from edgetune.errors import CapExceeded, RunFolderError
 from edgetune.guard import Guard, guarded, memory_ends
 from edgetune.job import Listener
 from edgetune.memory import MemoryMeter
 from edgetune.prepare import Setup, build, looks, prepare, settings_of_plan, some, warm_up
+from edgetune.replay import forget
 from edgetune.report import RunReport, read_report
 from edgetune.session import Session, train_and_report
 from edgetune.settings import RunSettings, StoredRun
@@ -85,9 +87,13 @@ def finetune(
                 stored, standing = _write_start(setup, path, loaded, backend)
             if setup.plan.prefix is None:
                 _reserve(backend, setup, guard)
-        except BaseException:
-            stack.close()
-            _discard(path, keep=existed)
+        except BaseException as error:
+            if isinstance(error, CapExceeded | MemoryError):
+                forget(error)  # what its frames hold is wanted for what follows
+            try:
+                stack.close()
+            finally:
+                _discard(path, keep=existed)
             raise
         return train_and_report(Session(path, setup, stored, backend, standing, guard, began), listener)
 
@@ -188,10 +194,17 @@ def _told_before(path: Path) -> tuple[str, ...]:
 
 def _discard(path: Path, *, keep: bool) -> None:
     """Take back a folder in which no step was taken; one that the user had made stays, empty."""
-    for entry in path.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
-    if not keep:
-        path.rmdir()
+    for attempt in (1, 2):
+        try:
+            for entry in path.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
+            if not keep:
+                path.rmdir()
+            return
+        except MemoryError:
+            if attempt == 2:
+                return  # what ended the run is to be told, not this
+            gc.collect()

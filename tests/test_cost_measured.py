@@ -45,8 +45,6 @@ def _as_runs_compute() -> Iterator[None]:
 
 def _holds(outcome: Outcome, lowest: float = -0.005, highest: float = 0.02) -> None:
     where = memory_model.line(outcome)
-    if outcome.config.cached_blocks and outcome.config.family not in memory_model.MODELS:
-        highest += 0.02  # above a cached prefix a probed head is counted with one stream of tokens too many
     assert lowest <= outcome.error <= highest, where
     assert outcome.flops_error is None or abs(outcome.flops_error) <= 0.01, where
 

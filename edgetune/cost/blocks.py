@@ -98,8 +98,12 @@ def probed_walk(
     batch: int,
     lowest: bool,
     mode: Mode,
+    held: bool = False,
 ) -> BlockWalk:
-    """`block_walk` of a block that was probed. Tokens are all tokens, prefix tokens among them."""
+    """`block_walk` of a block that was probed. Tokens are all tokens, prefix tokens among them.
+
+    `held`: its input was read from the cache, and stands to the end of the step.
+    """
     trained = state is BlockState.TRAINED
     walk = part.walk(
         block_way(
@@ -111,6 +115,7 @@ def probed_walk(
             half=mode.half_weights and state is BlockState.BELOW,
         ),
         batch,
+        held=held and lowest and trained,
     )
     of = amounts(batch, tokens, tokens if leaving is None else leaving, 0, mode.threads)
     return BlockWalk(

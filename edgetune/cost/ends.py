@@ -112,12 +112,17 @@ def embed_walk(shape: ViTShape, batch: int, mode: Mode, *, keeps: bool) -> EndWa
     return EndWalk(forward.peak, forward.live, backward.peak, forward.live + backward.live)
 
 
-def head_walk(shape: ViTShape, patch_tokens: int, batch: int, mode: Mode, *, inner: bool) -> EndWalk:
-    """From the last block's output to the loss and back; `inner`: the gradient of that output is needed."""
+def head_walk(
+    shape: ViTShape, patch_tokens: int, batch: int, mode: Mode, *, inner: bool, held: bool = False
+) -> EndWalk:
+    """From the last block's output to the loss and back; `inner`: the gradient of that output is needed.
+
+    `held`: that output was read from the cache, and stands to the end of the step.
+    """
     if shape.probed_head is not None:
         way = part_way(keeps=True, inner=inner, gradients=mode.gradients_way)
         of = amounts(batch, patch_tokens + shape.prefix_tokens, 0, shape.classes, mode.threads)
-        return _probed(shape.probed_head, way, of)
+        return _probed(shape.probed_head, way, of, held)
     tape = Tape()
     head_forward(tape, shape, patch_tokens, batch)
     forward_peak = kept = tape.live
@@ -133,6 +138,6 @@ def evaluated_head_bytes(shape: ViTShape, batch: int, mode: Mode) -> int:
     return batch * (shape.all_tokens * (shape.width + 2) + 2 * shape.classes) * FLOAT_BYTES
 
 
-def _probed(part: ProbedPart, way: int, of: Bytes) -> EndWalk:
-    walk = part.walk(way, of.image)
+def _probed(part: ProbedPart, way: int, of: Bytes, held: bool = False) -> EndWalk:
+    walk = part.walk(way, of.image, held=held)
     return EndWalk(most(walk.forward, of), total(walk.kept, of), most(walk.backward, of), total(walk.left, of))

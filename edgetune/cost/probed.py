@@ -99,13 +99,19 @@ class ProbedPart(msgspec.Struct, frozen=True, cache_hash=True):
     alone: tuple[tuple[int, ProbedWalk], ...] = ()
     buffer_bytes: int = 0
 
-    def walk(self, way: int, batch: int) -> ProbedWalk:
-        return _ways(self, batch == 1 and bool(self.alone))[way]
+    def walk(self, way: int, batch: int, *, held: bool = False) -> ProbedWalk:
+        """`held`: the part's input stands to the end of the step, so that the part can't give it back."""
+        ways = _ways(self, batch == 1 and bool(self.alone))
+        return ways.get(way + HELD, ways[way]) if held else ways[way]
 
 
 @lru_cache(maxsize=64)
 def _ways(part: ProbedPart, alone: bool) -> dict[int, ProbedWalk]:
     return dict(part.alone if alone else part.ways)
+
+
+# Added to the number of a way in which the part can't give its input back, where that holds other bytes.
+HELD = 1000
 
 
 def part_way(*, keeps: bool, inner: bool = False, gradients: int = 0) -> int:

@@ -112,7 +112,8 @@ def step_frame(
         embed = embed_walk(shape, batch, mode, keeps=embeddings_train)
         tape.touch(embed.forward_peak)
         tape.take(embed.kept)
-    head = head_walk(shape, head_tokens, batch, mode, inner=trained_blocks > 0 or embeddings_train)
+    inner, held = trained_blocks > 0 or embeddings_train, setup.cached_blocks == shape.depth
+    head = head_walk(shape, head_tokens, batch, mode, inner=inner, held=held)
     return Frame(
         weights=weights,
         state=state,
@@ -180,7 +181,9 @@ def placed_walk(
     if part is not None:
         prefix = shape.prefix_tokens
         leaving = after + prefix if prunes else None
-        walk = probed_walk(part, state, level, came + prefix, leaving, batch, lowest, mode)
+        walk = probed_walk(
+            part, state, level, came + prefix, leaving, batch, lowest, mode, block == setup.cached_blocks > 0
+        )
     else:
         walk = block_walk(shape, state, level, came, after if prunes else None, batch, lowest, mode)
     beside = _DELTA_COPIES * batch * shape.width * FLOAT_BYTES
@@ -191,9 +194,14 @@ def placed_walk(
 def walked_peak(frame: Frame, walks: Sequence[BlockWalk], lowest: int) -> int:
     """Peak of live bytes of a step whose blocks walk so. `lowest`: the first block that carries gradient."""
     live, peak = frame.start, frame.start_peak
-    if lowest > frame.first_block:
-        live += frame.held_inputs  # the first block is done with them: it lets nothing go
-    for forward_peak, kept, _, _ in walks:
+    if lowest > frame.first_block and frame.held_inputs:
+        # The first block is done with its input, and can't let it go.
+        peak = max(peak, live + walks[frame.first_block].forward_peak)
+        live += frame.held_inputs + walks[frame.first_block].kept
+        forward = walks[frame.first_block + 1 :]
+    else:
+        forward = walks
+    for forward_peak, kept, _, _ in forward:
         if live + forward_peak > peak:
             peak = live + forward_peak
         live += kept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
+from fractions import Fraction
 from functools import lru_cache
 
 from edgetune import cost
@@ -18,7 +19,6 @@ from edgetune.planner.values import (
     PROCESS_BYTES,
     Lossless,
     Lossy,
-    MethodSpace,
     Plan,
     PlanRequest,
 )
@@ -27,26 +27,36 @@ from edgetune.units import MIB
 # What reading the cache takes beside the batch, and writing it: the buffers of `features`.
 READ_BYTES = MIB
 WRITE_BYTES = 10 * MIB
+_ALL = Fraction(1)
 
 
-def process_bytes(runtime_bytes: int, live_bytes: int, *, head_alone: bool = False) -> int:
-    """Peak of the process for a peak of live bytes above the runtime."""
-    fixed = PROCESS_BYTES - HOLES_BYTES if head_alone else PROCESS_BYTES
-    return runtime_bytes + fixed + round(live_bytes * (1 + ALLOCATOR_SHARE))
+def process_bytes(runtime_bytes: int, live_bytes: int, holes: Fraction = _ALL) -> int:
+    """Peak of the process for a peak of live bytes above the runtime. `holes`: as `share_that_trains`."""
+    return runtime_bytes + PROCESS_BYTES + int(HOLES_BYTES * holes) + round(live_bytes * (1 + ALLOCATOR_SHARE))
 
 
-def trains_head_alone(space: MethodSpace) -> bool:
-    return not any(space.embeddings) and not any(count for counts in space.trained_blocks.values() for count in counts)
+def share_that_trains(depth: int, split_block: int, trained_blocks: int, *, draws: bool) -> Fraction:
+    """Of the blocks, those that train in some step."""
+    return Fraction(depth - split_block if draws and trained_blocks else trained_blocks, depth)
 
 
-def most_live_bytes(request: PlanRequest) -> int:
-    """The largest peak of live bytes that `process_bytes` keeps under the cap; -1 if there is none."""
-    return _most_live_bytes(request.cap_bytes - request.runtime_bytes, trains_head_alone(request.space))
+def needed_bytes(request: PlanRequest, lossy: Lossy, live_bytes: int) -> int:
+    """`process_bytes` of a run of this choice."""
+    return process_bytes(request.runtime_bytes, live_bytes, _holes(request, lossy))
 
 
-@lru_cache(maxsize=64)
-def _most_live_bytes(room: int, head_alone: bool) -> int:
-    return bisect_right(range(max(0, room)), room, key=lambda live: process_bytes(0, live, head_alone=head_alone)) - 1
+def _holes(request: PlanRequest, lossy: Lossy) -> Fraction:
+    return share_that_trains(request.shape.depth, lossy.split_block, lossy.trained_blocks, draws=request.space.draws)
+
+
+def most_live_bytes(request: PlanRequest, lossy: Lossy) -> int:
+    """The largest peak of live bytes that `needed_bytes` keeps under the cap; -1 if there is none."""
+    return _most_live_bytes(request.cap_bytes - request.runtime_bytes, _holes(request, lossy))
+
+
+@lru_cache(maxsize=1024)
+def _most_live_bytes(room: int, holes: Fraction) -> int:
+    return bisect_right(range(max(0, room)), room, key=lambda live: process_bytes(0, live, holes)) - 1
 
 
 def training_live_bytes(request: PlanRequest, lossy: Lossy, batch: int, step_bytes: int, resting_bytes: int) -> int:
@@ -172,8 +182,7 @@ def phases(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> dict
     live |= {"train": training_live_bytes, "evaluate": evaluation_live_bytes(request, lossy, batch)}
     if caching_live_bytes(request, lossy, 1):
         live["cache"] = caching_live_bytes(request, lossy, cache_batch(request, lossy, training_live_bytes))
-    alone = trains_head_alone(request.space)
-    return {phase: process_bytes(request.runtime_bytes, size, head_alone=alone) for phase, size in live.items()}
+    return {phase: needed_bytes(request, lossy, size) for phase, size in live.items()}
 
 
 def parts_of(plan: Plan) -> dict[str, int]:
@@ -182,7 +191,9 @@ def parts_of(plan: Plan) -> dict[str, int]:
     """
     step = plan.predicted
     grown = plan.predicted_phase_bytes["train"] - plan.runtime_bytes
-    live = _most_live_bytes(grown, not plan.trained_blocks and not plan.embeddings_train)
+    depth = len(plan.token_ceiling)
+    holes = share_that_trains(depth, plan.split_block, plan.trained_blocks, draws=plan.draws)
+    live = _most_live_bytes(grown, holes)
     return {
         "runtime": plan.runtime_bytes,
         "weights": step.weights_bytes,

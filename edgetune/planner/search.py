@@ -18,10 +18,9 @@ from edgetune.planner.explain import does_not_fit_message, explain, format_cap
 from edgetune.planner.phases import (
     cache_batch,
     evaluation_batch,
+    needed_bytes,
     phases,
-    process_bytes,
     training_live_bytes,
-    trains_head_alone,
 )
 from edgetune.planner.prefix import cached_prefix
 from edgetune.planner.setups import setup_of
@@ -76,18 +75,17 @@ def smallest_cap_bytes(request: PlanRequest) -> int:
     least: int | None = None
     for lossy in reversed(last.values()):
         ways = Ways(request, lossy)
-        if least is None or ways.least_live_bytes() < least:
+        if least is None or needed_bytes(request, lossy, ways.least_live_bytes()) < least:
             live, _ = ways.cheapest()
-            least = live if least is None else min(least, live)
+            needed = needed_bytes(request, lossy, live)
+            least = needed if least is None else min(least, needed)
     assert least is not None
-    return process_bytes(request.runtime_bytes, least, head_alone=trains_head_alone(request.space))
+    return least
 
 
 def _refused(request: PlanRequest, lossy: Lossy, needs: tuple[int, Lossless]) -> Refused:
     live, lossless = needs
-    return Refused(
-        lossy, lossless, process_bytes(request.runtime_bytes, live, head_alone=trains_head_alone(request.space))
-    )
+    return Refused(lossy, lossless, needed_bytes(request, lossy, live))
 
 
 def _finish(request: PlanRequest, lossy: Lossy, lossless: Lossless, refused: Refused | None) -> Plan:

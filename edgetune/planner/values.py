@@ -13,9 +13,9 @@ from edgetune.units import MIB
 # What a run's process holds beyond live tensors: a share (blocks the allocator keeps, alignment) and a fixed part
 # (Python objects, code paged in by kernels the warm-up did not meet, report). Measured by `benchmarks/cap.py`.
 ALLOCATOR_SHARE = 0.03
-PROCESS_BYTES = 11 * MIB
-# Of that, what small tensors of blocks that train leave as holes; a head alone has none.
-HOLES_BYTES = 5 * MIB
+PROCESS_BYTES = 8 * MIB
+# What small tensors of blocks that train leave as holes, where all of them may train; else their share of it.
+HOLES_BYTES = 3 * MIB
 # Micro-batches that exist beside the one being computed: one being loaded, one waiting.
 PREFETCHED_BATCHES = 2
 MAX_EVALUATION_BATCH = 64

@@ -59,7 +59,7 @@ class Ways:
         return max(least_other_live_bytes(self._request, self._lossy), min(map(self._floor, ends)))
 
     def may_fit(self) -> bool:
-        return self.least_live_bytes() <= most_live_bytes(self._request)
+        return self.least_live_bytes() <= most_live_bytes(self._request, self._lossy)
 
     def fastest(self) -> tuple[Lossless | None, list[Lossless]]:
         """The best way that fits, and those that are faster than any that does.
@@ -84,7 +84,7 @@ class Ways:
         return found, refused
 
     def _fits(self, choice: Lossless) -> bool:
-        most = most_live_bytes(self._request)
+        most = most_live_bytes(self._request, self._lossy)
         room = most - prefetched_bytes(self._request, self._lossy, choice.micro_batch)
         # What loading takes between steps is in the floor, whatever is recomputed.
         return self._floor(choice) <= most and self._of(choice).all_within(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.cost import BlockState, Recompute
-from edgetune.cost.probed import Bytes, ProbedPart, ProbedWalk, added, block_way, largest, part_way
+from edgetune.cost.probed import HELD, Bytes, ProbedPart, ProbedWalk, added, block_way, largest, part_way
 from edgetune.cost.tape import FLOAT_BYTES, RANDOM_STATE_BYTES
 from edgetune.vit.dimensions import CLASSES, IMAGES, LEAVING, TOKENS, Dimensions
 from edgetune.vit.half import store_half
@@ -62,9 +62,15 @@ def _block_ways(
     weights = Bytes(once=sum(parameter.numel() for parameter in block.parameters()) * FLOAT_BYTES)
     ways: dict[int, ProbedWalk] = {}
 
-    def add(
-        state: BlockState, level: Recompute, pruned: bool, lowest: bool = False, gradients: int = 0, half: bool = False
-    ) -> None:
+    def found(
+        state: BlockState,
+        level: Recompute,
+        pruned: bool,
+        lowest: bool = False,
+        gradients: int = 0,
+        half: bool = False,
+        held: bool = False,
+    ) -> ProbedWalk:
         own, leaving = halved if half else whole, (LEAVING if pruned else TOKENS) - prefix
         trained = state is BlockState.TRAINED
         _set(own, trained)
@@ -76,25 +82,37 @@ def _block_ways(
             keeps=state is not BlockState.BELOW,
             inner=state is not BlockState.BELOW and not lowest,
             gradients=gradients,
+            input_is_ours=not held,
         )
         # What is live at the end is the output and what lies in between; at the start the input was live.
         out = Bytes(leaving=stream.width * FLOAT_BYTES) if pruned else came
         kept = added(added(walk.kept, came), out, -1)
         beside = random if trained and level is not Recompute.NOTHING else Bytes()
-        ways[block_way(state, level, pruned=pruned, lowest=lowest, gradients=gradients, half=half)] = ProbedWalk(
+        return ProbedWalk(
             tuple(added(each, beside) for each in walk.forward),
             added(kept, beside),
             tuple(added(each, beside) for each in walk.backward),
             weights if trained and not gradients else Bytes(),
         )
 
+    lowest_one = BlockState.TRAINED, Recompute.NOTHING, False, True
+    # A norm that keeps its input keeps it whoever holds it as well.
+    is_kept = found(*lowest_one) == found(*lowest_one, held=True)
     for pruned in (False, True) if prunes else (False,):
         for half in (False, True):
-            add(BlockState.BELOW, Recompute.NOTHING, pruned, half=half)
+            way = block_way(BlockState.BELOW, Recompute.NOTHING, pruned=pruned, lowest=False, gradients=0, half=half)
+            ways[way] = found(BlockState.BELOW, Recompute.NOTHING, pruned, half=half)
         for level in levels:
-            add(BlockState.ON_PATH, level, pruned)
+            way = block_way(BlockState.ON_PATH, level, pruned=pruned, lowest=False, gradients=0, half=False)
+            ways[way] = found(BlockState.ON_PATH, level, pruned)
             for gradients, lowest in product(_GRADIENTS, (False, True)):
-                add(BlockState.TRAINED, level, pruned, lowest, gradients)
+                asked = BlockState.TRAINED, level, pruned, lowest, gradients
+                way = block_way(
+                    BlockState.TRAINED, level, pruned=pruned, lowest=lowest, gradients=gradients, half=False
+                )
+                ways[way] = found(*asked)
+                if lowest and not is_kept:
+                    ways[way + HELD] = found(*asked, held=True)
     return tuple(sorted(ways.items()))
 
 
@@ -142,12 +160,13 @@ def probe_head(model: Any, stream: Stream) -> ProbedPart:
         return nn.functional.cross_entropy(logits(tokens), target, reduction="sum")
 
     ways = {}
-    for keeps, inner, gradients in (
-        (False, False, 0),
-        *((True, inner, each) for inner in (False, True) for each in _GRADIENTS),
+    for keeps, inner, gradients, held in (
+        (False, False, 0, False),
+        *((True, inner, each, False) for inner in (False, True) for each in _GRADIENTS),
+        *((True, False, each, True) for each in _GRADIENTS),
     ):
         _set(own, keeps)
-        ways[part_way(keeps=keeps, inner=inner, gradients=gradients)] = _probe(
+        ways[part_way(keeps=keeps, inner=inner, gradients=gradients) + HELD * held] = _probe(
             loss if keeps else logits,
             own,
             _tokens_of(stream, IMAGES),
@@ -155,7 +174,9 @@ def probe_head(model: Any, stream: Stream) -> ProbedPart:
             keeps=keeps,
             inner=inner,
             gradients=gradients,
+            input_is_ours=not held,
         )
+    ways = {way: walk for way, walk in ways.items() if way < HELD or walk != ways[way - HELD]}
     others = tuple(shape for shape in _shapes(own) if CLASSES not in shape)
     return ProbedPart(tuple(ways.items()), others, buffer_bytes=_buffer_bytes(own))
 

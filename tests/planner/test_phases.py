@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -10,16 +12,18 @@ from planner_cases import RUNTIME, capped, make_request, requests
 
 from edgetune.cost import FLOAT_BYTES
 from edgetune.methods import METHODS
-from edgetune.planner import parts_of, plan, process_bytes, smallest_cap_bytes
+from edgetune.planner import Plan, parts_of, plan, process_bytes, smallest_cap_bytes
+from edgetune.planner.choices import lossy_choices
 from edgetune.planner.phases import (
     READ_BYTES,
     evaluation_batch,
     evaluation_live_bytes,
     most_live_bytes,
+    needed_bytes,
     phases,
     prefetched_bytes,
     resting_bytes,
-    trains_head_alone,
+    share_that_trains,
 )
 from edgetune.planner.values import (
     ALLOCATOR_SHARE,
@@ -33,18 +37,32 @@ from edgetune.planner.values import (
 from edgetune.units import MIB
 
 
+def holes_of(chosen: Plan) -> Fraction:
+    depth = len(chosen.token_ceiling)
+    return share_that_trains(depth, chosen.split_block, chosen.trained_blocks, draws=chosen.draws)
+
+
 def test_a_process_holds_its_runtime_and_a_little_more_than_what_is_live() -> None:
-    assert process_bytes(RUNTIME, 0) == RUNTIME + PROCESS_BYTES
-    assert process_bytes(RUNTIME, 1000 * MIB) == RUNTIME + PROCESS_BYTES + round((1 + ALLOCATOR_SHARE) * 1000 * MIB)
+    live = 1000 * MIB
+    for holes, fixed in ((0, PROCESS_BYTES), (Fraction(1, 3), PROCESS_BYTES + MIB), (1, PROCESS_BYTES + HOLES_BYTES)):
+        assert process_bytes(RUNTIME, 0, Fraction(holes)) == RUNTIME + fixed
+        assert process_bytes(RUNTIME, live, Fraction(holes)) == RUNTIME + fixed + round((1 + ALLOCATOR_SHARE) * live)
+
+
+def test_holes_are_left_by_all_blocks_that_train_in_some_step() -> None:
+    assert share_that_trains(12, 8, 4, draws=False) == Fraction(1, 3)
+    assert share_that_trains(12, 0, 4, draws=True) == 1
+    assert share_that_trains(12, 12, 0, draws=False) == share_that_trains(12, 0, 0, draws=True) == 0
 
 
 @given(st.integers(1, 2**62), st.integers(0, 2**40))
 def test_the_most_live_bytes_are_under_the_cap_and_one_more_is_not(cap_bytes: int, runtime_bytes: int) -> None:
-    request = make_request(runtime_bytes=runtime_bytes)
-    live = most_live_bytes(capped(request, cap_bytes))
-    assert live >= -1
-    assert live == -1 or process_bytes(runtime_bytes, live) <= cap_bytes
-    assert process_bytes(runtime_bytes, live + 1) > cap_bytes
+    request = capped(make_request("last-k", runtime_bytes=runtime_bytes), cap_bytes)
+    for lossy in lossy_choices(request):
+        live = most_live_bytes(request, lossy)
+        assert live >= -1
+        assert live == -1 or needed_bytes(request, lossy, live) <= cap_bytes
+        assert needed_bytes(request, lossy, live + 1) > cap_bytes
 
 
 @given(requests(max_depth=6), st.floats(0, 1))
@@ -66,7 +84,7 @@ def test_no_phase_passes_the_cap_and_the_peak_is_the_largest(request: PlanReques
             PREFETCHED_BATCHES * features + READ_BYTES if prefix.whole else waiting + PREFETCHED_BATCHES * features
         )
     assert chosen.predicted_phase_bytes["train"] == process_bytes(
-        RUNTIME, chosen.predicted.peak_bytes + waiting, head_alone=trains_head_alone(request.space)
+        RUNTIME, chosen.predicted.peak_bytes + waiting, holes_of(chosen)
     )
 
 
@@ -154,9 +172,7 @@ def test_the_parts_cover_the_peak_of_training(request: PlanRequest, share: float
         )
     assert parts["inputs"] - chosen.predicted.inputs_bytes == pytest.approx(waiting, abs=1)
     assert parts["margin"] == pytest.approx(
-        PROCESS_BYTES
-        - trains_head_alone(request.space) * HOLES_BYTES
-        + ALLOCATOR_SHARE * (chosen.predicted.peak_bytes + waiting),
+        PROCESS_BYTES + HOLES_BYTES * holes_of(chosen) + ALLOCATOR_SHARE * (chosen.predicted.peak_bytes + waiting),
         abs=2,
     )
     # What stays through a whole step is under its peak.
