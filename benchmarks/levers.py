@@ -36,6 +36,8 @@ LEVERS: list[tuple[str, str, list[str]]] = [
     ("full", "--opt adafactor", ["--opt", "adafactor"]),
     ("last 4 blocks", "none", []),
     ("last 4 blocks", "--frozen-weights bfloat16", ["--frozen-weights", "bfloat16"]),
+    ("last 4 blocks", "--cache-precision float32", ["--cache-precision", "float32"]),
+    ("last 4 blocks", "--cache-precision float16", ["--cache-precision", "float16"]),
     ("9 random blocks", "none", []),
     ("9 random blocks", "--recompute block", ["--recompute", "block"]),
     ("9 random blocks", "--optimizer-state evict", ["--optimizer-state", "evict"]),
@@ -52,7 +54,6 @@ def run(arguments: list[str], epochs: int, seed: int) -> Run:
         output = Path(folder, "run")
         command = [sys.executable, "-m", "edgetune", "finetune", "--device", "jetson-nano", "--json", "--quiet"]
         command += [
-            "--no-cache",
             "--epochs",
             str(epochs),
             "--seed",
@@ -63,6 +64,7 @@ def run(arguments: list[str], epochs: int, seed: int) -> Run:
             str(output),
             *arguments,
         ]
+        command += [] if "--cache-precision" in arguments else ["--no-cache"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
