@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: help setup demo test test-fast test-pythons lint format bench clean
 
@@ -29,10 +30,11 @@ demo: setup
 	$(BIN)/edgetune finetune --device jetson-nano --ram-cap 376MiB --steps 40 --output runs/demo-capped
 
 test: setup lint test-pythons
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not alone" $(PARALLEL)
+	$(BIN)/python -m pytest -q -m alone
 
 test-fast: setup
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" $(PARALLEL)
 
 # The core needs no torch: its tests run on the oldest and the newest Python that is found and runs.
 test-pythons: setup

@@ -25,6 +25,7 @@ from edgetune.units import GIB, MIB, parse_bytes
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds memory, and /proc tells it, on Linux only"),
 ]
 COMMON = ("--model", "edgetune_micro", "-b", "64", "--epochs", "3", "--threads", "2", "--seed", "1", "-q")
