@@ -32,7 +32,7 @@ UNCOUNTED_BYTES = 6 * MIB
 # What is left of the predicted growth each time that memory ran out all the same.
 TIGHTENED_SHARE = 0.8
 # What is over once a run trains: what these took bounds nothing any more.
-PAST = ("load", "look", "cache")
+PAST = ("load", "look", "cache", "head")
 # What makes one plan need less than another.
 CHOICES = (
     "split_block", "trained_blocks", "token_ceiling", "embeddings_train", "keeps_state", "micro_batch", "recompute",

@@ -13,7 +13,8 @@ from edgetune.errors import UnsupportedModel, UsageError
 from edgetune.optim import OptimizerName
 from edgetune.planner import EmbeddingsChoice, MethodSpace, Plan
 
-# K of N blocks a step where memory does not bind: the one known configuration of ALaST trains 9 of 12.
+# Most blocks that train in a step, of all: the one known configuration of ALaST trains 9 of 12. Above a split at a quarter
+# of the depth and higher that is all there are: to draw 3 of 4 costs accuracy (docs/decisions/0009-prefix-cache.md).
 DRAWN_SHARE = 0.75
 LAST_K_SHARE = 1 / 3
 # Whether the embeddings train under `full`, best first.
@@ -27,6 +28,7 @@ class Method(msgspec.Struct, frozen=True, kw_only=True):
     learning_rate: dict[OptimizerName, float]
     draws: bool = False
     prunes_tokens: bool = False
+    head_first: bool = True  # the classifier is fitted before anything else trains
     help: str = ""
 
 
@@ -36,11 +38,13 @@ METHODS: dict[str, Method] = {
         Method(
             name="full",
             learning_rate={"adamw": 3e-4, "momentum": 3e-3, "sgd": 3e-2, "adafactor": 1e-2},
+            head_first=False,  # the plain recipe, which others are compared with
             help="every parameter",
         ),
         Method(
             name="head",
             learning_rate={"adamw": 3e-2, "momentum": 1e-1, "sgd": 3e-1, "adafactor": 3e-1},
+            head_first=False,
             help="the classifier and the norm before it",
         ),
         Method(
@@ -119,7 +123,7 @@ def space_of(
         counts = {split: (depth - split,) for split in splits}
     else:
         splits = (split_block,) if split_block is not None else tuple(range(depth - (trained_blocks or 1) + 1))
-        counts = {split: _drawn_counts(depth - split, trained_blocks) for split in splits}
+        counts = {split: _drawn_counts(depth - split, depth, trained_blocks) for split in splits}
     return MethodSpace(
         name=method.name,
         splits=splits,
@@ -130,11 +134,13 @@ def space_of(
     )
 
 
-def _drawn_counts(above_split: int, asked: int | None) -> tuple[int, ...]:
-    """K for a number of blocks above the split: three quarters of them, down to half where memory binds."""
+def _drawn_counts(above_split: int, depth: int, asked: int | None) -> tuple[int, ...]:
+    """K for a number of blocks above the split: at most three quarters of the depth, down to half of them where memory
+    binds.
+    """
     if asked is not None:
         return (asked,)
-    most, least = max(1, round(DRAWN_SHARE * above_split)), max(1, above_split // 2)
+    most, least = min(above_split, max(1, round(DRAWN_SHARE * depth))), max(1, above_split // 2)
     return tuple(range(most, least - 1, -1))
 
 

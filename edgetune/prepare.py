@@ -126,6 +126,7 @@ def prepare(
         peak_flops_per_s=profile.peak_flops_per_s,
         memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
         split_tokens=settings.split_tokens,
+        fits_head=settings.fits_head,
     )
     settings, request = with_cache(settings, request, data, disk_room)
     plan = stored_plan

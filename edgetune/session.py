@@ -23,10 +23,11 @@ from edgetune.data import timm_augment
 from edgetune.errors import CapExceeded, DoesNotFit, EdgetuneError, Interrupted
 from edgetune.features import FeaturesOverflow
 from edgetune.guard import Guard, memory_ends
+from edgetune.heads import fit_head
 from edgetune.job import Diverged, Interruption, Job, Listener, NoMemory, OverCap, TrainingState
 from edgetune.methods import METHODS
 from edgetune.outcome import Outcome, make_report
-from edgetune.planner import Plan, pinned
+from edgetune.planner import CachedPrefix, Plan, pinned
 from edgetune.planner import plan as make_plan
 from edgetune.prepare import Setup, cache_folder, step_weights
 from edgetune.replay import forget, reason_of
@@ -139,14 +140,18 @@ def train_and_report(session: Session, listener: Listener) -> RunReport:
 
 def begin(session: Session, job: Job) -> None:
     """Where the plan caches the frozen prefix: make what is missing of the cache, let the prefix go, and only then take
-    the optimizer's state.
+    the optimizer's state. Then fit the classifier, where that comes first.
 
-    Raises: as `caching.make`; CapExceeded if the cache can't be whole and the run does not fit without it.
+    Raises: as `caching.make` and `heads.fit_head`; CapExceeded if the cache can't be whole and the run does not fit without
+    it.
     """
-    plan, backend = job.plan, session.backend
-    prefix = plan.prefix
-    if prefix is None:
-        return
+    if job.plan.prefix is not None:
+        _cache(session, job, job.plan.prefix)
+    fit_head(job)
+
+
+def _cache(session: Session, job: Job, prefix: CachedPrefix) -> None:
+    backend = session.backend
     settings, state = session.setup.settings, job.state
     folder = cache_folder(settings, session.path)
     place = Place(

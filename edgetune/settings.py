@@ -46,6 +46,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     token_floor: float | None = None
     token_ceiling: float | None = None
     split_tokens: float | None = None
+    head_first: bool | None = None  # None: as the method has it
     prefix_cache: bool | None = None  # None: where it pays
     cache_dir: str | None = None  # None: the run folder's own
     cache_limit_bytes: int | None = None
@@ -66,6 +67,11 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     threads: int | None = None
     seed: int = 0
     alast: AlastSettings = AlastSettings()
+
+    @property
+    def fits_head(self) -> bool:
+        """Whether the classifier is fitted to the pretrained model before anything else trains."""
+        return self.pretrained and (METHODS[self.method].head_first if self.head_first is None else self.head_first)
 
 
 class StoredRun(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,9 +1,11 @@
 """Where to split and how many tokens to keep there, found from the pretrained model and a sample of the training images.
 
-Nothing is trained. A linear classifier on what each candidate block puts out (closed form, each image judged by a
-classifier that has not seen it) says how much of what the task needs is there. The deepest split that loses nothing is
-the cheapest to train above: all that the blocks above could learn from is still in what they are given. The same at the
-end of the frozen model, with fewer tokens from the split on, says how few will do.
+Nothing is trained. A kernel classifier on what each candidate block puts out (closed form, each image judged by a
+classifier that has not seen it) says how much of what the task needs is there. The same on the bare pixels says what a
+model that learns everything anew starts from: where the pixels tell more than the pretrained blocks, these have lost what
+the task needs, and nothing is frozen. Else the deepest split that loses nothing is the cheapest to train above: all that
+the blocks above could learn from is still in what they are given. The same at the end of the frozen model, with fewer
+tokens from the split on, says how few will do.
 
 `docs/decisions/0009-prefix-cache.md` says what this rests on, `benchmarks/split_study.py` how well it does.
 """
@@ -20,12 +22,13 @@ import numpy.typing as npt
 
 from edgetune.backends.base import Backend, Images
 from edgetune.cost import FLOAT_BYTES, ViTShape, evaluation_peak_bytes, input_bytes
-from edgetune.data import load_batch, prefetch
+from edgetune.data import balanced_sample, load_batch, prefetch
 from edgetune.job import Listener
 from edgetune.methods import adaptive_obstacle
 from edgetune.planner import PREFETCHED_BATCHES, PlanRequest, process_bytes, rounded_up
 from edgetune.planner import plan as make_plan
 from edgetune.prepare import Setup, tell_plan
+from edgetune.probes import Correct, told_right
 from edgetune.units import format_bytes
 
 MOST_IMAGES = 384
@@ -35,9 +38,10 @@ CANDIDATES = (1 / 3, 1 / 2, 2 / 3)
 TOKEN_SHARES = (0.4, 0.67)
 # A loss of so little is none: a few images of the sample.
 TOLERATED_LOSS = 0.01
-RIDGES = (1e-2, 1e-1)
-
-Correct = npt.NDArray[np.bool_]  # of each image, whether it was told right
+# So many standard errors better, pixels are taken to be better.
+SURE = 2.0
+# Sides of the images whose pixels are told apart, at most.
+LOOKED_PX = 32
 
 
 class Found(NamedTuple):
@@ -52,61 +56,13 @@ def candidate_splits(depth: int) -> tuple[int, ...]:
     return tuple(sorted({round(share * depth) for share in CANDIDATES} - {0, depth}))
 
 
-def sample(labels: Sequence[int], seed: int, most: int = MOST_IMAGES) -> npt.NDArray[np.int64]:
-    """Positions of at most `most` images, of each class as large a share as of all, at least two where there are."""
-    rng = np.random.default_rng([seed, 12])
-    own = np.asarray(labels)
-    if len(own) <= most:
-        return np.arange(len(own))
-    chosen = []
-    for label in np.unique(own):
-        places = rng.permutation(np.flatnonzero(own == label))
-        chosen.append(places[: max(2, round(most * len(places) / len(own)))])
-    return np.sort(np.concatenate(chosen))
-
-
-def told_right(features: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> Correct:
-    """Of each image, whether a linear classifier made of all the others tells it right. features (N, D), labels (N,).
-
-    Ridge regression onto the classes, whose leave-one-out residuals are known in closed form; of a few strengths the
-    one that tells most. No product goes through numpy's BLAS, which keeps 5 MiB for good once it is used.
-    """
-    centred = features - features.mean(axis=0)
-    spread = centred.std(axis=0)
-    centred /= np.where(spread > 0, spread, 1.0)
-    gram = np.einsum("id,jd->ij", centred, centred).astype(np.float64) / centred.shape[1] + 1.0  # 1: the intercept
-    targets = (labels[:, None] == np.unique(labels)[None, :]).astype(np.float64)
-    own = targets.argmax(axis=1)
-    best: Correct | None = None
-    for ridge in RIDGES:
-        inverse = inverted(gram + ridge * np.eye(len(gram)))
-        left_out = targets - np.einsum("ij,jc->ic", inverse, targets) / np.diag(inverse)[:, None]
-        correct = left_out.argmax(axis=1) == own
-        if best is None or correct.sum() > best.sum():
-            best = correct
-    assert best is not None
-    return best
-
-
-def inverted(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The inverse of a positive definite matrix (N, N), which is overwritten: Gauss-Jordan, without pivots."""
-    for place in range(len(matrix)):
-        pivot = matrix[place, place]
-        column = matrix[:, place].copy()
-        column[place] = 0.0
-        matrix[place, place] = 1.0
-        matrix[place] /= pivot
-        matrix[:, place] *= np.arange(len(matrix)) == place
-        matrix -= column[:, None] * matrix[place]
-    return matrix
-
-
 def look_bytes(shape: ViTShape, batch: int) -> int:
     """What looking holds beside the model and a forward pass of `batch` images."""
     streams = 4 * batch * shape.all_tokens * shape.width * FLOAT_BYTES
-    ways = max(len(CANDIDATES), len(TOKEN_SHARES) + 1)
-    summaries = (ways + 3) * MOST_IMAGES * 2 * shape.width * FLOAT_BYTES
-    return streams + summaries + 4 * MOST_IMAGES**2 * 8
+    ways = len(CANDIDATES) + len(TOKEN_SHARES) + 1
+    summaries = (ways + 2) * MOST_IMAGES * 2 * shape.width * FLOAT_BYTES
+    pixels = 2 * MOST_IMAGES * shape.channels * LOOKED_PX**2 * FLOAT_BYTES
+    return streams + max(summaries, pixels) + pixels // 2 + 5 * MOST_IMAGES**2 * 8
 
 
 def loses_nothing(correct: Correct, best: Correct) -> bool:
@@ -114,6 +70,13 @@ def loses_nothing(correct: Correct, best: Correct) -> bool:
     lost = best.astype(np.float64) - correct
     error = lost.std() / len(lost) ** 0.5
     return bool(lost.mean() <= max(TOLERATED_LOSS, error))
+
+
+def tells_more(correct: Correct, best: Correct) -> bool:
+    """Whether what tells `correct` right surely does better than the best, as far as these images can show."""
+    gained = correct.astype(np.float64) - best
+    error = gained.std() / len(gained) ** 0.5
+    return bool(gained.mean() > max(TOLERATED_LOSS, SURE * error))
 
 
 def choose_split(told: Mapping[int, Correct]) -> int:
@@ -138,7 +101,7 @@ def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
         listener.note(f"split: not looked for, which takes {format_bytes(peak_bytes)}: the lowest that fits")
         tell_plan(setup.plan, listener)
         return setup
-    chosen = sample(data.train.labels, settings.seed)
+    chosen = balanced_sample(data.train.labels, settings.seed, MOST_IMAGES)
 
     def batches() -> Iterator[Images]:
         for start in range(0, len(chosen), size):
@@ -198,22 +161,35 @@ def find(
 ) -> Found:
     """`batches` gives the sampled images, in the order of `labels`, each time it is called."""
     splits = [block for block in candidate_splits(shape.depth) if block >= lowest_split] or [lowest_split]
-    told = _told(backend, batches, labels, [((shape.patch_tokens,) * (block + 1), block) for block in splits])
-    by_split = dict(zip(splits, told, strict=True))
+    depth, all_tokens = shape.depth, shape.patch_tokens
+    shares = (*(TOKEN_SHARES if prunes else ()), 1.0)
+
+    def above(split: int, share: float) -> tuple[tuple[int, ...], int]:
+        kept = min(all_tokens, rounded_up(share * all_tokens))
+        return (all_tokens,) * split + (kept,) * (depth - split + 1), depth
+
+    # At the deepest candidate, which is the likeliest, the tokens are looked at in the same pass.
+    ways = [((all_tokens,) * (block + 1), block) for block in splits] + [above(splits[-1], share) for share in shares]
+    pixels, parts = _looked_at(backend, batches, ways)
+    told = [told_right(part, labels) for part in parts]
+    by_split = dict(zip(splits, told, strict=False))
+    whole = told[-1]
     split = choose_split(by_split)
-    lines = [
-        "a linear classifier on what a block is given tells "
-        + ", ".join(f"{correct.mean():.1%} (block {block})" for block, correct in by_split.items())
-        + f" of {len(labels)} training images: nothing below block {split} trains"
-    ]
+    by_pixels = told_right(pixels, labels, standardised=False)
+    best = max((*by_split.values(), whole), key=np.sum)
+    line = "a classifier on what a block is given tells " + ", ".join(
+        f"{correct.mean():.1%} (block {block})" for block, correct in by_split.items()
+    )
+    line += f", at the end {whole.mean():.1%}, one on the bare pixels {by_pixels.mean():.1%} of {len(labels)} training images: "
+    if tells_more(by_pixels, best):
+        return Found(lowest_split, 1.0, (line + "the pretrained blocks fit this task badly, and as many train as can",))
+    lines = [line + f"nothing below block {split} trains"]
     if not prunes:
         return Found(split, 1.0, tuple(lines))
-    shares = (*TOKEN_SHARES, 1.0)
-    ways = []
-    for share in shares:
-        kept = min(shape.patch_tokens, rounded_up(share * shape.patch_tokens))
-        ways.append(((shape.patch_tokens,) * split + (kept,) * (shape.depth - split + 1), shape.depth))
-    by_share = dict(zip(shares, _told(backend, batches, labels, ways), strict=True))
+    by_share = dict(zip(shares, told[len(splits) :], strict=True))
+    if split != splits[-1]:
+        _, parts = _looked_at(backend, batches, [above(split, share) for share in TOKEN_SHARES])
+        by_share |= {share: told_right(part, labels) for share, part in zip(TOKEN_SHARES, parts, strict=True)}
     tokens = choose_tokens(by_share)
     lines.append(
         "at the end of the frozen model "
@@ -223,15 +199,25 @@ def find(
     return Found(split, tokens, tuple(lines))
 
 
-def _told(
-    backend: Backend,
-    batches: Callable[[], Iterator[Images]],
-    labels: npt.NDArray[np.int64],
-    ways: Sequence[tuple[tuple[int, ...], int]],
-) -> list[Correct]:
+def _looked_at(
+    backend: Backend, batches: Callable[[], Iterator[Images]], ways: Sequence[tuple[tuple[int, ...], int]]
+) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]]]:
+    """The images' pixels (N, 3 H W), made small, and what each way makes of them (N, 2 D)."""
+    pixels: list[npt.NDArray[np.float32]] = []
     parts: list[list[npt.NDArray[np.float32]]] = [[] for _ in ways]
     with closing(prefetch(batches())) as source:
         for inputs in source:
+            pixels.append(small(inputs))
             for place, summary in enumerate(backend.summaries(inputs, ways)):
                 parts[place].append(summary)
-    return [told_right(np.concatenate(part), labels) for part in parts]
+    return np.concatenate(pixels), [np.concatenate(part) for part in parts]
+
+
+def small(images: Images) -> npt.NDArray[np.float32]:
+    """(B, 3, H, W) -> (B, 3 h w): means over squares of pixels, so that no side is longer than LOOKED_PX."""
+    batch, channels, height, width = images.shape
+    size = max(1, -(-max(height, width) // LOOKED_PX))
+    cut = images[:, :, : height // size * size, : width // size * size]
+    squares = cut.reshape(batch, channels, height // size, size, width // size, size).mean(axis=(3, 5))
+    flat: npt.NDArray[np.float32] = squares.reshape(batch, -1).astype(np.float32)
+    return flat

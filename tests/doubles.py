@@ -105,6 +105,14 @@ class FakeBackend:
     def features(self, inputs: Images, patch_tokens: Sequence[int], *, pooled: bool) -> Array:
         raise NotImplementedError
 
+    has_linear_head = False
+
+    def head_inputs(self, inputs: Images, cached_blocks: int, patch_tokens: tuple[int, ...]) -> Array:
+        raise NotImplementedError
+
+    def set_head(self, weight: Array, bias: Array) -> None:
+        raise NotImplementedError
+
     def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
         raise NotImplementedError
 

@@ -49,7 +49,9 @@ ARROWS: dict[str, set[str]] = {
     # A run.
     "job": {"alast", "backends", "cost", "data", "errors", "methods", "planner", "report", "settings"},
     "replay": {"errors", "job", "planner", "units"},
+    "probes": {"planner"},
     "caching": {"backends", "cost", "data", "features", "job", "planner", "replay", "settings"},
+    "heads": {"caching", "data", "job", "planner", "probes", "replay"},
     "trainer": {"alast", "backends", "caching", "cost", "data", "job", "methods", "planner", "replay", "report"},
     "judge": {"devices", "errors", "memory", "profiles", "runtimes", "system", "units"},
     "guard": {"enforce", "errors", "judge", "memory", "planner", "replay", "units"},
@@ -66,13 +68,13 @@ ARROWS: dict[str, set[str]] = {
         "backends", "cost", "data", "enforce", "errors", "job", "judge", "memory", "methods", "optim", "planner",
         "profiles", "settings", "shapes", "system", "units", "vit",
     },
-    "splits": {"backends", "cost", "data", "job", "methods", "planner", "prepare", "units"},
+    "splits": {"backends", "cost", "data", "job", "methods", "planner", "prepare", "probes", "units"},
     "session": {
-        "backends", "caching", "checkpoint", "cost", "data", "errors", "features", "guard", "job", "methods", "outcome", "planner", "prepare",
+        "backends", "caching", "checkpoint", "cost", "data", "errors", "features", "guard", "heads", "job", "methods", "outcome", "planner", "prepare",
         "replay", "report", "settings", "store", "trainer", "units",
     },
     "run": {
-        "backends", "checkpoint", "devices", "errors", "guard", "job", "memory", "prepare", "report", "session",
+        "backends", "checkpoint", "devices", "errors", "guard", "job", "memory", "prepare", "replay", "report", "session",
         "settings", "splits", "system", "store", "vit",
     },
     # What people type.

@@ -117,7 +117,7 @@ def test_half_precision_changes_little(images: Path, tmp_path: Path) -> None:
     assert whole.cache_bytes is not None
     assert half.cache_bytes == pytest.approx(whole.cache_bytes / 2, rel=0.05)
     for (_, one, _), (_, other, _) in zip(losses(tmp_path / "half"), losses(tmp_path / "whole"), strict=True):
-        assert float(one) == pytest.approx(float(other), rel=0.02)
+        assert float(one) == pytest.approx(float(other), rel=0.05)
 
 
 def test_what_half_precision_cant_hold_is_kept_as_float32(

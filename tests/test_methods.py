@@ -74,12 +74,15 @@ def test_last_k_takes_the_asked_number_only(options: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("method", ["alast", "random-k"])
-def test_drawing_methods_train_three_quarters_down_to_half_above_any_split(method: str) -> None:
+def test_drawing_methods_train_up_to_three_quarters_of_the_depth_down_to_half_of_what_is_above_the_split(
+    method: str,
+) -> None:
     space = _space(method)
     assert space.draws
     assert space.splits == tuple(range(DEPTH))
     assert space.trained_blocks[0] == (9, 8, 7, 6)
-    assert space.trained_blocks[8] == (3, 2)
+    assert space.trained_blocks[4] == (8, 7, 6, 5, 4)
+    assert space.trained_blocks[8] == (4, 3, 2)
     assert space.trained_blocks[11] == (1,)
     assert all(
         max(counts) <= DEPTH - split and list(counts) == sorted(counts, reverse=True)

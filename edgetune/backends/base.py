@@ -67,6 +67,19 @@ class Backend(Protocol):
         """
         ...
 
+    @property
+    def has_linear_head(self) -> bool:
+        """Whether one linear layer makes the logits."""
+        ...
+
+    def head_inputs(self, inputs: Images, cached_blocks: int, patch_tokens: tuple[int, ...]) -> Array:
+        """What the classifier is given in eval mode, float32 (B, D). Arguments as for `evaluate`."""
+        ...
+
+    def set_head(self, weight: Array, bias: Array) -> None:
+        """Put a classifier in place: weight (classes, D), bias (classes,)."""
+        ...
+
     def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
         """For each way, (patch tokens that enter each block, blocks): what so many blocks make of images, as float32
         (B, 2 D), class token and mean patch token.

@@ -160,6 +160,28 @@ class TorchBackend:
             result: Array = logits.numpy().copy()
         return result
 
+    @property
+    def has_linear_head(self) -> bool:
+        head = self.model.get_classifier()
+        return isinstance(head, torch.nn.Linear) and head.bias is not None
+
+    def head_inputs(self, inputs: Images, cached_blocks: int, patch_tokens: tuple[int, ...]) -> Array:
+        self._selected = None
+        self.model.eval()
+        selection = Selection(self._frozen.trains, patch_tokens)
+        with torch.inference_mode():
+            found, _ = forward(
+                self.model, torch.from_numpy(inputs), selection, cached_blocks=cached_blocks, classifies=False
+            )
+            result: Array = found.numpy().copy()
+        return result
+
+    def set_head(self, weight: Array, bias: Array) -> None:
+        head = self.model.get_classifier()
+        with torch.no_grad():
+            head.weight.copy_(torch.from_numpy(weight))
+            head.bias.copy_(torch.from_numpy(bias))
+
     def features(self, inputs: Images, patch_tokens: Sequence[int], *, pooled: bool) -> Array:
         if self._selected is None:  # else what is frozen is in eval mode already, and what trains stays as it is
             self.model.eval()

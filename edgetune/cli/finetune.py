@@ -208,6 +208,14 @@ def finetune(
             panel=METHOD,
         ),
     ] = None,
+    head_first: Annotated[
+        bool | None,
+        _option(
+            "--head-first/--no-head-first",
+            help="Fit the classifier to what the pretrained model puts out before anything else trains (default but for full and head).",
+            panel=METHOD,
+        ),
+    ] = None,
     layer_choice: Annotated[
         LayerChoice | None,
         _option(
@@ -429,6 +437,7 @@ def finetune(
         "split_block": parse_split(split),
         "split": split if split in SPLIT_CHOICES else None,
         "augment_views": parse_views(augment_views),
+        "head_first": head_first,
         "prefix_cache": False if no_cache else None if cache is None else True,
         "cache_dir": None if cache is None else _absolute(str(cache)),
         "cache_limit_bytes": None if cache_limit is None else parse_bytes(cache_limit),

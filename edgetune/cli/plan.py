@@ -75,6 +75,12 @@ def plan(
         float | None,
         typer.Option("--split-tokens", help="Share of the tokens that goes on at the split.", show_default=False),
     ] = None,
+    head_first: Annotated[
+        bool | None,
+        typer.Option(
+            "--head-first/--no-head-first", help="Whether the classifier is fitted first.", show_default=False
+        ),
+    ] = None,
     embeddings: Annotated[
         Embeddings | None, typer.Option("--embeddings", help="Under --method full.", show_default=False)
     ] = None,
@@ -149,6 +155,7 @@ def plan(
             threads=threads_for(profile),
             peak_flops_per_s=profile.peak_flops_per_s,
             memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
+            fits_head=chosen.head_first if head_first is None else head_first,
             cache=None if no_cache else cache,
             no_cache_because="--no-cache" if no_cache else None,
             **levers,

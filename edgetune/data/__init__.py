@@ -5,7 +5,7 @@ Imports neither torch nor timm (`timm_augment` does, when it is called).
 """
 
 from edgetune.data.batches import Transform, load_batch, prefetch, timm_augment
-from edgetune.data.draws import epoch_order, flip_draw, stratified_split
+from edgetune.data.draws import balanced_sample, epoch_order, flip_draw, stratified_split
 from edgetune.data.folders import BadImage, DataFolder, ImageSet, class_weights, open_folder, open_for_evaluation
 from edgetune.data.images import (
     ImageHeader,
@@ -27,6 +27,7 @@ __all__ = [
     "Preprocess",
     "Transform",
     "UnreadableImage",
+    "balanced_sample",
     "bundled_sample",
     "class_weights",
     "decode_bytes",

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from edgetune.errors import DataError, UsageError
 
 # What a number is drawn for; the values are part of every seed and never change.
-_ORDER, _FLIP, _SPLIT, _AUGMENT = 1, 2, 3, 4
+_ORDER, _FLIP, _SPLIT, _AUGMENT, _SAMPLE = 1, 2, 3, 4, 5
 
 
 def _generator(purpose: int, seed: int, *counters: int) -> np.random.Generator:
@@ -78,3 +78,16 @@ def _too_few(name: str, images: int) -> str:
         f"class {name!r} {found}, so it can't be both trained on and validated. "
         "Add images, take its folder away, or give train/ and val/ folders yourself."
     )
+
+
+def balanced_sample(labels: Sequence[int], seed: int, most: int) -> npt.NDArray[np.int64]:
+    """Positions of at most `most` images, of each class as large a share as of all, at least two where there are."""
+    rng = _generator(_SAMPLE, seed)
+    own = np.asarray(labels)
+    if len(own) <= most:
+        return np.arange(len(own))
+    chosen = []
+    for label in np.unique(own):
+        places = rng.permutation(np.flatnonzero(own == label))
+        chosen.append(places[: max(2, round(most * len(places) / len(own)))])
+    return np.sort(np.concatenate(chosen))

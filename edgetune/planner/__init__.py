@@ -12,6 +12,7 @@ from edgetune.planner.prefix import entry_bytes, pinned, views_that_fit
 from edgetune.planner.search import plan, replayed, smallest_cap_bytes
 from edgetune.planner.tokens import ceilings, default_token_floor, fit, rounded_up
 from edgetune.planner.values import (
+    JUDGED_IMAGES,
     PLAN_FORMAT_VERSION,
     PREFETCHED_BATCHES,
     CachedPrefix,
@@ -24,6 +25,7 @@ from edgetune.planner.values import (
 )
 
 __all__ = [
+    "JUDGED_IMAGES",
     "PLAN_FORMAT_VERSION",
     "PREFETCHED_BATCHES",
     "CacheRequest",

@@ -14,6 +14,7 @@ from edgetune.planner.setups import setup_of
 from edgetune.planner.values import (
     ALLOCATOR_SHARE,
     HOLES_BYTES,
+    JUDGED_IMAGES,
     MAX_EVALUATION_BATCH,
     PREFETCHED_BATCHES,
     PROCESS_BYTES,
@@ -28,6 +29,7 @@ from edgetune.units import MIB
 READ_BYTES = MIB
 WRITE_BYTES = 10 * MIB
 _ALL = Fraction(1)
+DOUBLE_BYTES = 8
 
 
 def process_bytes(runtime_bytes: int, live_bytes: int, holes: Fraction = _ALL) -> int:
@@ -112,6 +114,29 @@ def evaluation_live_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int
     return weights + state + _forward_bytes(request, lossy, batch)
 
 
+def head_live_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
+    """While the classifier is fitted: an evaluation beside the fit's sums, or solving for it; 0 where it is not."""
+    if not request.fits_head:
+        return 0
+    return evaluation_live_bytes(request, lossy, batch) + fit_bytes(request.shape.width, request.shape.classes, batch)
+
+
+def fit_bytes(width: int, classes: int, batch: int) -> int:
+    """What `probes.RidgeClassifier` holds at most: its sums and the images it judges by, and what one more batch, or
+    solving, takes.
+    """
+    sums = (width + classes) * (width + 1) * DOUBLE_BYTES
+    judged = (JUDGED_IMAGES + batch) * width * FLOAT_BYTES
+    images = JUDGED_IMAGES + batch
+    solving = 4 * width * width + images * (3 * width + 5 * classes) + 4 * width * classes
+    adding = width * width + batch * (width + classes)
+    return sums + judged + DOUBLE_BYTES * max(solving, adding)
+
+
+def _evaluated_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
+    return max(evaluation_live_bytes(request, lossy, batch), head_live_bytes(request, lossy, batch))
+
+
 def _forward_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
     """A forward pass from images, without gradient, and the images that wait."""
     half = lossy.split_block if request.half_frozen else 0
@@ -141,7 +166,7 @@ def _largest_batch(most_live_bytes: int, live_bytes: Callable[[int], int]) -> in
 
 def evaluation_batch(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> int:
     """The largest power of two whose evaluation stays under what training needs anyway."""
-    return _largest_batch(training_live_bytes, lambda batch: evaluation_live_bytes(request, lossy, batch))
+    return _largest_batch(training_live_bytes, lambda batch: _evaluated_bytes(request, lossy, batch))
 
 
 def cache_batch(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> int:
@@ -172,7 +197,7 @@ def other_live_bytes(request: PlanRequest, lossy: Lossy) -> dict[str, int]:
 def least_other_live_bytes(request: PlanRequest, lossy: Lossy) -> int:
     """What a run needs whatever its training step is made of."""
     caching = caching_live_bytes(request, lossy, 1)
-    return max(*other_live_bytes(request, lossy).values(), evaluation_live_bytes(request, lossy, 1), caching)
+    return max(*other_live_bytes(request, lossy).values(), _evaluated_bytes(request, lossy, 1), caching)
 
 
 def phases(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> dict[str, int]:
@@ -180,6 +205,8 @@ def phases(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> dict
     batch = evaluation_batch(request, lossy, training_live_bytes)
     live = other_live_bytes(request, lossy)
     live |= {"train": training_live_bytes, "evaluate": evaluation_live_bytes(request, lossy, batch)}
+    if request.fits_head:
+        live["head"] = head_live_bytes(request, lossy, batch)
     if caching_live_bytes(request, lossy, 1):
         live["cache"] = caching_live_bytes(request, lossy, cache_batch(request, lossy, training_live_bytes))
     return {phase: needed_bytes(request, lossy, size) for phase, size in live.items()}

@@ -19,6 +19,8 @@ HOLES_BYTES = 3 * MIB
 # Micro-batches that exist beside the one being computed: one being loaded, one waiting.
 PREFETCHED_BATCHES = 2
 MAX_EVALUATION_BATCH = 64
+# Training images that a classifier fitted in closed form is judged by, each left out of what tells it.
+JUDGED_IMAGES = 512
 TOKEN_MULTIPLE = 8
 
 RecomputeChoice = Literal["auto", "none", "mlp", "block"]
@@ -101,6 +103,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     threads: int = 1
     peak_flops_per_s: float | None = None
     memory_bandwidth_bytes_per_s: float | None = None
+    fits_head: bool = False  # the classifier is fitted before anything else trains
     cache: CacheRequest | None = None
     no_cache_because: str | None = None
 

@@ -153,11 +153,13 @@ def forward(
     *,
     with_deltas: bool = False,
     cached_blocks: int = 0,
+    classifies: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
     """Images (B, 3, H, W) -> logits (B, classes), and each block's class-token delta (a scalar, mean over the batch).
 
     Blocks below the lowest trained one run without gradient, so that nothing of theirs is kept. With `cached_blocks`
-    the inputs are what `prefix` made of the images, and so many blocks are left out; their deltas are 0.
+    the inputs are what `prefix` made of the images, and so many blocks are left out; their deltas are 0. Without
+    `classifies`, what the classifier is given, (B, D), takes the logits' place.
     """
     gradient = torch.is_grad_enabled()
     lowest = selection.lowest_trained_block
@@ -180,7 +182,7 @@ def forward(
             # The paper's ||CLS_l - CLS_(l-1)||^2, as a mean over the batch so that a short last batch shifts nothing.
             change = tokens[:, 0].detach() - class_token_before
             deltas.append(change.square().sum(dim=1).mean())
-    return model.forward_head(model.norm(tokens)), deltas
+    return model.forward_head(model.norm(tokens), pre_logits=not classifies), deltas
 
 
 def run_block(block: Any, tokens: Tensor, leaving: int, prefix_tokens: int, level: Recompute) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetune.data import epoch_order, flip_draw, stratified_split
+from edgetune.data import balanced_sample, epoch_order, flip_draw, stratified_split
 from edgetune.data.draws import augment_seeds
 from edgetune.errors import DataError, UsageError
 
@@ -83,3 +84,13 @@ def test_another_class_does_not_change_how_the_first_is_split():
     alone = stratified_split(keys[:20], [0] * 20, ["a"], seed=3)
     both = stratified_split(keys, [0] * 20 + [1] * 20, ["a", "b"], seed=3)
     assert [i for i in both[1] if i < 20] == alone[1]
+
+
+def test_a_sample_has_every_class_in_its_share() -> None:
+    labels = [0] * 900 + [1] * 90 + [2] * 3
+    chosen = balanced_sample(labels, seed=1, most=100)
+    counts = np.bincount(np.asarray(labels)[chosen])
+    assert len(chosen) == len(set(chosen.tolist()))
+    assert counts.tolist() == [91, 9, 2]
+    assert balanced_sample(labels, seed=1, most=100).tolist() == chosen.tolist()
+    assert balanced_sample([0, 1], seed=1, most=100).tolist() == [0, 1]
