@@ -29,8 +29,6 @@ from writing import machine, table
 from edgetune.units import MIB
 
 SEEDS = (0, 1, 2)
-FULL_RATES = (1e-4, 3e-4, 1e-3)
-SPLIT_RATES = (5e-4, 1e-3, 2e-3)
 SPLITS = (0, 4, 8, 10)
 TOKENS = (1.0, 0.67, 0.4)
 TUNED_SPLIT = 8
@@ -42,6 +40,8 @@ class Task(NamedTuple):
     name: str
     arguments: tuple[str, ...]
     batch: int
+    full_rates: tuple[float, ...]
+    split_rates: tuple[float, ...]
 
 
 class Way(NamedTuple):
@@ -52,6 +52,7 @@ class Way(NamedTuple):
 
 
 FULL = Way("full", ("--method", "full"))
+FULL_HEAD_FIRST = Way("full, --head-first", ("--method", "full", "--head-first"))
 AUTO = Way("--split auto", ("--split", "auto"))
 
 
@@ -59,8 +60,14 @@ def tasks(work: Path) -> dict[str, Task]:
     weights = str(split_study_data.weights_file(work))
     solar = ("--model", split_study_data.VIT_NAME, "--weights", weights, "--image-size", "112")
     return {
-        "digits": Task("digits", ("--model", "edgetune_micro", "--data", str(work / "digits")), 32),
-        "solar": Task("solar", (*solar, "--data", str(work / "solar")), 16),
+        "digits": Task(
+            "digits",
+            ("--model", "edgetune_micro", "--data", str(work / "digits")),
+            32,
+            (1e-4, 3e-4, 1e-3),
+            (5e-4, 1e-3, 2e-3),
+        ),
+        "solar": Task("solar", (*solar, "--data", str(work / "solar")), 16, (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)),
     }
 
 
@@ -132,11 +139,11 @@ def paired(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> tu
 
 def study(task: Task, folder: Path, epochs: int) -> list[str]:
     runs = Study(task, folder, epochs)
-    by_rate = {rate: runs.run(FULL, rate, 0)["val_accuracy"] for rate in FULL_RATES}
+    by_rate = {rate: runs.run(FULL, rate, 0)["val_accuracy"] for rate in task.full_rates}
     full_rate = max(by_rate, key=by_rate.__getitem__)
     auto = runs.run(AUTO, None, 0)
     tuned = split_way(TUNED_SPLIT, 1.0)
-    by_split_rate = {rate: runs.run(tuned, rate, 0)["val_accuracy"] for rate in SPLIT_RATES}
+    by_split_rate = {rate: runs.run(tuned, rate, 0)["val_accuracy"] for rate in task.split_rates}
     rate = max(by_split_rate, key=by_split_rate.__getitem__)
     grid = {
         way: runs.run(way, rate, 0)
@@ -149,7 +156,7 @@ def study(task: Task, folder: Path, epochs: int) -> list[str]:
         for seed in SEEDS[1:]:
             runs.run(way, own, seed)
     full = runs.run(FULL, full_rate, 0)
-    reports = {FULL: full, AUTO: auto} | grid
+    reports = {FULL: full, FULL_HEAD_FIRST: runs.run(FULL_HEAD_FIRST, full_rate, 0), AUTO: auto} | grid
     # The levers one by one, on the way to what `auto` chose.
     share = next((way for way in grid if _same(grid[way], auto)), None)
     reports[Way(f"{tuned.name}, --no-cache", (*tuned.arguments, "--no-cache"))] = runs.run(

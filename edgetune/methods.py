@@ -22,7 +22,9 @@ EMBEDDINGS: dict[EmbeddingsChoice, tuple[bool, ...]] = {"auto": (True, False), "
 
 
 class Method(msgspec.Struct, frozen=True, kw_only=True):
-    """A method's name and its defaults. Rates are those of `benchmarks/defaults.md` (found by `benchmarks/defaults.py`)."""
+    """A method's name and its defaults. Rates are those of `benchmarks/defaults.md` (found by `benchmarks/defaults.py` on a
+    model of width 96), see `default_rate`.
+    """
 
     name: str
     learning_rate: dict[OptimizerName, float]
@@ -67,6 +69,19 @@ METHODS: dict[str, Method] = {
         ),
     )
 }
+
+
+# The width of the model that the default rates were found on.
+_TUNED_WIDTH = 96
+
+
+def default_rate(method: Method, optimizer: OptimizerName, width: int) -> float:
+    """Peak learning rate for a model of this width. Adam's steps have a size of their own, so what a layer's output
+    changes by grows with its width: the rate falls with it (Yang et al., arXiv 2203.03466). A head alone is one layer on
+    normalised features, and the other optimizers scale their steps by the gradient or the weight.
+    """
+    rate = method.learning_rate[optimizer]
+    return rate * min(1.0, _TUNED_WIDTH / width) if optimizer == "adamw" and method.name != "head" else rate
 
 
 def adaptive_obstacle(shape: ViTShape) -> str | None:

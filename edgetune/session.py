@@ -25,7 +25,7 @@ from edgetune.features import FeaturesOverflow
 from edgetune.guard import Guard, memory_ends
 from edgetune.heads import fit_head
 from edgetune.job import Diverged, Interruption, Job, Listener, NoMemory, OverCap, TrainingState
-from edgetune.methods import METHODS
+from edgetune.methods import METHODS, default_rate
 from edgetune.outcome import Outcome, make_report
 from edgetune.planner import CachedPrefix, Plan, pinned
 from edgetune.planner import plan as make_plan
@@ -66,7 +66,9 @@ class Session:
         self.state = self.standing.state
         self.saved_step = self.state.step
         method = METHODS[self.setup.settings.method]
-        self.learning_rate = self.setup.settings.learning_rate or method.learning_rate[self.setup.plan.optimizer]
+        self.learning_rate = self.setup.settings.learning_rate or default_rate(
+            method, self.setup.plan.optimizer, self.setup.shape.width
+        )
 
     def count_time(self) -> None:
         now = time.monotonic()

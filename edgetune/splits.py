@@ -32,8 +32,8 @@ from edgetune.probes import Correct, told_right
 from edgetune.units import format_bytes
 
 MOST_IMAGES = 384
-# Of the depth: where a split is looked for. Above the last of them a third of the blocks is left to train.
-CANDIDATES = (1 / 3, 1 / 2, 2 / 3)
+# Of the depth: where a split is looked for. Above the last of them a quarter of the blocks is left to train.
+CANDIDATES = (1 / 3, 1 / 2, 2 / 3, 3 / 4)
 # Of the patch tokens: what may be kept at the split.
 TOKEN_SHARES = (0.4, 0.67)
 # A loss of so little is none: a few images of the sample.

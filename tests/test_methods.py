@@ -12,7 +12,7 @@ from shapes import make_shape
 from edgetune.alast import AlastSettings, AlastState, initial_state
 from edgetune.cost import Selection
 from edgetune.errors import UnsupportedModel, UsageError
-from edgetune.methods import EMBEDDINGS, METHODS, adaptive_obstacle, check_model, proposer, space_of
+from edgetune.methods import EMBEDDINGS, METHODS, adaptive_obstacle, check_model, default_rate, proposer, space_of
 from edgetune.optim import OptimizerName
 from edgetune.planner import MethodSpace, Plan, PlanRequest, plan
 from edgetune.units import MIB
@@ -202,3 +202,13 @@ def test_methods_are_values() -> None:
     with pytest.raises(AttributeError):
         METHODS["full"].name = "other"  # type: ignore[misc]
     assert msgspec.structs.replace(METHODS["full"]) == METHODS["full"]
+
+
+def test_adams_default_rate_falls_with_the_width() -> None:
+    for name in ("full", "last-k", "random-k", "alast"):
+        rate = METHODS[name].learning_rate["adamw"]
+        assert default_rate(METHODS[name], "adamw", 96) == rate
+        assert default_rate(METHODS[name], "adamw", 48) == rate
+        assert default_rate(METHODS[name], "adamw", 384) == pytest.approx(rate / 4)
+        assert default_rate(METHODS[name], "momentum", 384) == METHODS[name].learning_rate["momentum"]
+    assert default_rate(METHODS["head"], "adamw", 384) == METHODS["head"].learning_rate["adamw"]

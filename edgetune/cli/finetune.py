@@ -268,7 +268,12 @@ def finetune(
         int | None, _option("--steps", help="Stop after this many optimizer steps instead.", panel=TRAIN)
     ] = None,
     lr: Annotated[
-        float | None, _option("--lr", help="Peak learning rate. Default: the method's, for the optimizer.", panel=TRAIN)
+        float | None,
+        _option(
+            "--lr",
+            help="Peak learning rate. Default: of the method, the optimizer and (AdamW) the model's width.",
+            panel=TRAIN,
+        ),
     ] = None,
     opt: Annotated[OptimizerChoice | None, _option("--opt", help="Optimizer (default adamw).", panel=TRAIN)] = None,
     weight_decay: Annotated[
