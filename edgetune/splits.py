@@ -38,8 +38,6 @@ CANDIDATES = (1 / 3, 1 / 2, 2 / 3, 3 / 4)
 TOKEN_SHARES = (0.4, 0.67)
 # A loss of so little is none: a few images of the sample.
 TOLERATED_LOSS = 0.01
-# So many standard errors better, pixels are taken to be better.
-SURE = 2.0
 # Sides of the images whose pixels are told apart, at most.
 LOOKED_PX = 32
 
@@ -70,13 +68,6 @@ def loses_nothing(correct: Correct, best: Correct) -> bool:
     lost = best.astype(np.float64) - correct
     error = lost.std() / len(lost) ** 0.5
     return bool(lost.mean() <= max(TOLERATED_LOSS, error))
-
-
-def tells_more(correct: Correct, best: Correct) -> bool:
-    """Whether what tells `correct` right surely does better than the best, as far as these images can show."""
-    gained = correct.astype(np.float64) - best
-    error = gained.std() / len(gained) ** 0.5
-    return bool(gained.mean() > max(TOLERATED_LOSS, SURE * error))
 
 
 def choose_split(told: Mapping[int, Correct]) -> int:
@@ -181,7 +172,7 @@ def find(
         f"{correct.mean():.1%} (block {block})" for block, correct in by_split.items()
     )
     line += f", at the end {whole.mean():.1%}, one on the bare pixels {by_pixels.mean():.1%} of {len(labels)} training images: "
-    if tells_more(by_pixels, best):
+    if not loses_nothing(best, by_pixels):
         return Found(lowest_split, 1.0, (line + "the pretrained blocks fit this task badly, and as many train as can",))
     lines = [line + f"nothing below block {split} trains"]
     if not prunes:

@@ -21,7 +21,6 @@ from edgetune.splits import (
     find,
     loses_nothing,
     small,
-    tells_more,
 )
 
 
@@ -60,16 +59,6 @@ def test_a_loss_within_what_the_sample_can_show_is_none() -> None:
     lost[:10] = False
     assert loses_nothing(drawn, best)
     assert not loses_nothing(lost, best)
-
-
-def test_pixels_must_be_surely_better_to_count() -> None:
-    blocks = right(0.80, 400)
-    better = blocks.copy()
-    better[np.flatnonzero(~blocks)[:30]] = True
-    assert tells_more(better, blocks)
-    mixed = right(0.82, 400, seed=5)  # a point or two of many that differ either way
-    assert not tells_more(mixed, blocks)
-    assert not tells_more(blocks, better)
 
 
 def test_pixels_are_means_over_squares() -> None:
