@@ -72,7 +72,8 @@ def judge_for(profile: DeviceProfile, ram_cap_bytes: int | None, meter: MemoryMe
     notes: list[str] = []
     measured = meter.mark_runtime().total_bytes
     rounded = -(-measured // RUNTIME_ROUNDING_BYTES) * RUNTIME_ROUNDING_BYTES
-    runtimes.remember(runtimes.versions(), rounded)
+    if here:  # where a device is simulated, the warm-up runs out of memory too, for which code is paged in
+        runtimes.remember(runtimes.versions(), rounded)
     cap = ram_cap_bytes or default_cap_bytes(profile)
     runtime = rounded
     if not here:

@@ -127,6 +127,7 @@ def prepare(
         memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
         split_tokens=settings.split_tokens,
         fits_head=settings.fits_head,
+        by_limit=by_rlimit(settings.enforce, simulated=judge.simulated),
     )
     settings, request = with_cache(settings, request, data, disk_room)
     plan = stored_plan

@@ -79,7 +79,7 @@ ARROWS: dict[str, set[str]] = {
     },
     # What people type.
     "cli": {
-        "alast", "cost", "data", "devices", "errors", "inference", "job", "judge", "methods", "planner", "profiles",
+        "alast", "cost", "data", "devices", "enforce", "errors", "inference", "job", "judge", "methods", "planner", "profiles",
         "report", "run", "runtimes", "settings", "shapes", "system", "units", "vit",
     },
     "__main__": {"cli", "errors"},

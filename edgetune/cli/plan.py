@@ -108,7 +108,8 @@ def plan(
 ) -> None:
     """What a run would use: bytes by kind against the cap, what is trained, and what a little more memory would allow."""
     from edgetune import devices
-    from edgetune.judge import threads_for
+    from edgetune.enforce import by_rlimit
+    from edgetune.judge import is_this_machine, threads_for
     from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
     from edgetune.planner import CacheRequest, PlanRequest, format_cap, smallest_cap_bytes
     from edgetune.planner import plan as make_plan
@@ -156,6 +157,7 @@ def plan(
             peak_flops_per_s=profile.peak_flops_per_s,
             memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
             fits_head=chosen.head_first if head_first is None else head_first,
+            by_limit=by_rlimit("auto", simulated=not is_this_machine(profile)),
             cache=None if no_cache else cache,
             no_cache_because="--no-cache" if no_cache else None,
             **levers,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable
-from fractions import Fraction
 from functools import lru_cache
 
 from edgetune import cost
@@ -15,9 +14,11 @@ from edgetune.planner.values import (
     ALLOCATOR_SHARE,
     HOLES_BYTES,
     JUDGED_IMAGES,
+    LIMIT_BYTES,
     MAX_EVALUATION_BATCH,
     PREFETCHED_BATCHES,
     PROCESS_BYTES,
+    TOKEN_HOLES_BYTES,
     Lossless,
     Lossy,
     Plan,
@@ -28,37 +29,35 @@ from edgetune.units import MIB
 # What reading the cache takes beside the batch, and writing it: the buffers of `features`.
 READ_BYTES = MIB
 WRITE_BYTES = 10 * MIB
-_ALL = Fraction(1)
 DOUBLE_BYTES = 8
 
 
-def process_bytes(runtime_bytes: int, live_bytes: int, holes: Fraction = _ALL) -> int:
-    """Peak of the process for a peak of live bytes above the runtime. `holes`: as `share_that_trains`."""
-    return runtime_bytes + PROCESS_BYTES + int(HOLES_BYTES * holes) + round(live_bytes * (1 + ALLOCATOR_SHARE))
-
-
-def share_that_trains(depth: int, split_block: int, trained_blocks: int, *, draws: bool) -> Fraction:
-    """Of the blocks, those that train in some step."""
-    return Fraction(depth - split_block if draws and trained_blocks else trained_blocks, depth)
+def process_bytes(runtime_bytes: int, live_bytes: int, kept_free_bytes: int = HOLES_BYTES) -> int:
+    """Peak of the process for a peak of live bytes above the runtime. `kept_free_bytes`: see the function of that name."""
+    return runtime_bytes + PROCESS_BYTES + kept_free_bytes + round(live_bytes * (1 + ALLOCATOR_SHARE))
 
 
 def needed_bytes(request: PlanRequest, lossy: Lossy, live_bytes: int) -> int:
     """`process_bytes` of a run of this choice."""
-    return process_bytes(request.runtime_bytes, live_bytes, _holes(request, lossy))
+    return process_bytes(request.runtime_bytes, live_bytes, kept_free_bytes(request, lossy))
 
 
-def _holes(request: PlanRequest, lossy: Lossy) -> Fraction:
-    return share_that_trains(request.shape.depth, lossy.split_block, lossy.trained_blocks, draws=request.space.draws)
+def kept_free_bytes(request: PlanRequest, lossy: Lossy) -> int:
+    """What of the cap no live byte may take, beside PROCESS_BYTES and a share: for holes in the heap, and for code."""
+    depth, space = request.shape.depth, request.space
+    ever_train = depth - lossy.split_block if space.draws and lossy.trained_blocks else lossy.trained_blocks
+    changing = TOKEN_HOLES_BYTES if space.prunes_tokens else 0
+    return HOLES_BYTES * ever_train // depth + changing + (LIMIT_BYTES if request.by_limit else 0)
 
 
 def most_live_bytes(request: PlanRequest, lossy: Lossy) -> int:
     """The largest peak of live bytes that `needed_bytes` keeps under the cap; -1 if there is none."""
-    return _most_live_bytes(request.cap_bytes - request.runtime_bytes, _holes(request, lossy))
+    return _most_live_bytes(request.cap_bytes - request.runtime_bytes, kept_free_bytes(request, lossy))
 
 
 @lru_cache(maxsize=1024)
-def _most_live_bytes(room: int, holes: Fraction) -> int:
-    return bisect_right(range(max(0, room)), room, key=lambda live: process_bytes(0, live, holes)) - 1
+def _most_live_bytes(room: int, kept_free: int) -> int:
+    return bisect_right(range(max(0, room)), room, key=lambda live: process_bytes(0, live, kept_free)) - 1
 
 
 def training_live_bytes(request: PlanRequest, lossy: Lossy, batch: int, step_bytes: int, resting_bytes: int) -> int:
@@ -218,9 +217,7 @@ def parts_of(plan: Plan) -> dict[str, int]:
     """
     step = plan.predicted
     grown = plan.predicted_phase_bytes["train"] - plan.runtime_bytes
-    depth = len(plan.token_ceiling)
-    holes = share_that_trains(depth, plan.split_block, plan.trained_blocks, draws=plan.draws)
-    live = _most_live_bytes(grown, holes)
+    live = _most_live_bytes(grown, plan.kept_free_bytes)
     return {
         "runtime": plan.runtime_bytes,
         "weights": step.weights_bytes,

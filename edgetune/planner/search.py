@@ -6,7 +6,7 @@ against trying everything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -18,11 +18,12 @@ from edgetune.planner.explain import does_not_fit_message, explain, format_cap
 from edgetune.planner.phases import (
     cache_batch,
     evaluation_batch,
+    kept_free_bytes,
     needed_bytes,
     phases,
     training_live_bytes,
 )
-from edgetune.planner.prefix import cached_prefix
+from edgetune.planner.prefix import cached_prefix, pays
 from edgetune.planner.setups import setup_of
 from edgetune.planner.tokens import floor_of
 from edgetune.planner.values import Lossless, Lossy, Plan, PlanRequest
@@ -46,31 +47,58 @@ def plan(request: PlanRequest, smaller_models: Iterable[ViTShape] = ()) -> Plan:
     (largest first) that fits the cap; UsageError for a batch or a share that makes no sense.
     """
     check(request)
-    larger: Lossy | None = None
+    larger: tuple[PlanRequest, Lossy] | None = None  # the last that did not fit
+    for way in cache_ways(request):
+        found, larger = _best(way, larger)
+        if found is not None:
+            return found
+    smallest = smallest_cap_bytes(request)
+    raise DoesNotFit(_refusal(request, smallest, smaller_models), smallest)
+
+
+def cache_ways(request: PlanRequest) -> Iterator[PlanRequest]:
+    """The request as it is and, where that does not fit, the other way round with the cache: making one takes memory of
+    its own, and a prefix that has left memory makes room. What was asked for, or is there already, stays.
+    """
+    yield request
+    cache = request.cache
+    if cache is None or cache.asked or cache.blocks is not None:
+        return
+    if pays(request, cache):
+        yield msgspec.structs.replace(request, cache=None, no_cache_because="making it takes more memory than there is")
+    else:
+        yield msgspec.structs.replace(request, cache=msgspec.structs.replace(cache, asked=True))
+
+
+def _best(
+    request: PlanRequest, larger: tuple[PlanRequest, Lossy] | None
+) -> tuple[Plan | None, tuple[PlanRequest, Lossy] | None]:
+    """The best plan that fits, and the last choice before it that did not."""
     for family in lossy_families(request):
         if not Ways(request, family[-1]).may_fit():  # and so none of them does
-            larger = family[-1]
+            larger = request, family[-1]
             continue
         for lossy in family:
             ways = Ways(request, lossy)
             found, faster = ways.fastest()
             if found is None:
-                larger = lossy
+                larger = request, lossy
             elif faster:
-                return _finish(request, lossy, found, _refused(request, lossy, ways.cheapest(faster)))
+                return _finish(request, lossy, found, _refused(request, lossy, ways.cheapest(faster))), larger
             else:
-                refused = _refused(request, larger, Ways(request, larger).cheapest()) if larger else None
-                return _finish(request, lossy, found, refused)
-    smallest = smallest_cap_bytes(request)
-    raise DoesNotFit(_refusal(request, smallest, smaller_models), smallest)
+                refused = _refused(*larger, Ways(*larger).cheapest()) if larger else None
+                return _finish(request, lossy, found, refused), larger
+    return None, larger
 
 
 def smallest_cap_bytes(request: PlanRequest) -> int:
-    """The least cap under which this method, batch and floor have a plan.
-
-    Of one split's lossy choices the last needs least: dropped state, fewer blocks, fewer tokens never cost more.
-    """
+    """The least cap under which this method, batch and floor have a plan."""
     check(request)
+    return min(map(_least_cap, cache_ways(request)))
+
+
+def _least_cap(request: PlanRequest) -> int:
+    """Of one split's lossy choices the last needs least: dropped state, fewer blocks, fewer tokens never cost more."""
     last = {(lossy.embeddings_train, lossy.split_block): lossy for lossy in lossy_choices(request)}
     least: int | None = None
     for lossy in reversed(last.values()):
@@ -122,6 +150,7 @@ def _finish(request: PlanRequest, lossy: Lossy, lossless: Lossless, refused: Ref
         cache_batch=cache_batch(request, lossy, training),
         overlaps=request.overlaps,
         memory_binds=refused is not None,
+        kept_free_bytes=kept_free_bytes(request, lossy),
         threads=request.threads,
         cap_bytes=request.cap_bytes,
         runtime_bytes=request.runtime_bytes,

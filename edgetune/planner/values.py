@@ -16,6 +16,10 @@ ALLOCATOR_SHARE = 0.03
 PROCESS_BYTES = 8 * MIB
 # What small tensors of blocks that train leave as holes, where all of them may train; else their share of it.
 HOLES_BYTES = 3 * MIB
+# More of them where the number of tokens changes from step to step (6.9 MiB in 500 steps of the bundled model).
+TOKEN_HOLES_BYTES = 2 * MIB
+# Where RLIMIT_DATA holds the cap: it must leave room for code that is paged in later, which it does not count.
+LIMIT_BYTES = 3 * MIB
 # Micro-batches that exist beside the one being computed: one being loaded, one waiting.
 PREFETCHED_BATCHES = 2
 MAX_EVALUATION_BATCH = 64
@@ -27,7 +31,7 @@ RecomputeChoice = Literal["auto", "none", "mlp", "block"]
 EmbeddingsChoice = Literal["auto", "train", "freeze"]
 
 
-PLAN_FORMAT_VERSION = 3
+PLAN_FORMAT_VERSION = 4
 
 
 class MethodSpace(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +108,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     peak_flops_per_s: float | None = None
     memory_bandwidth_bytes_per_s: float | None = None
     fits_head: bool = False  # the classifier is fitted before anything else trains
+    by_limit: bool = False  # RLIMIT_DATA holds the cap
     cache: CacheRequest | None = None
     no_cache_because: str | None = None
 
@@ -135,6 +140,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     cache_batch: int  # images that go through it at once while it is made
     overlaps: bool  # images are loaded while a step runs
     memory_binds: bool  # a larger or faster plan was refused
+    kept_free_bytes: int  # of the cap, beside what every process and every live byte takes
     threads: int
     cap_bytes: int
     runtime_bytes: int

@@ -15,6 +15,7 @@ from edgetune.methods import METHODS, space_of
 from edgetune.planner import EmbeddingsChoice, Plan, PlanRequest, setups
 from edgetune.planner.choices import lossless_choices, lossy_choices
 from edgetune.planner.phases import phases, training_live_bytes
+from edgetune.planner.search import cache_ways
 from edgetune.planner.setups import setup_of
 from edgetune.planner.values import CacheRequest, Lossless, Lossy, with_levels
 from edgetune.planner.ways import AS_FAST, Ways, seconds_of
@@ -162,20 +163,24 @@ class Tried(NamedTuple):
 def every_plan(request: PlanRequest) -> list[Tried]:
     """Every plan of a space, best first, whether or not it fits."""
     found = []
-    for number, lossy in enumerate(lossy_choices(request)):
-        for place, lossless in enumerate(lossless_choices(request, lossy)):
-            worst = worst_by_trying(request, lossy, lossless)
-            resting = Ways(request, lossy).resting_bytes(lossless)
-            live = training_live_bytes(request, lossy, lossless.micro_batch, worst, resting)
-            peak = max(phases(request, lossy, live).values())
-            found.append(Tried(number, seconds_of(request, lossy, lossless), place, peak, lossy, lossless))
+    for way in cache_ways(request):
+        for lossy in lossy_choices(way):
+            number = len(found)
+            for place, lossless in enumerate(lossless_choices(way, lossy)):
+                worst = worst_by_trying(way, lossy, lossless)
+                resting = Ways(way, lossy).resting_bytes(lossless)
+                live = training_live_bytes(way, lossy, lossless.micro_batch, worst, resting)
+                peak = max(phases(way, lossy, live).values())
+                found.append(Tried(number, seconds_of(way, lossy, lossless), place, peak, lossy, lossless))
     return sorted(found, key=lambda tried: tried[:3])
 
 
 def best_of(tried: list[Tried], cap_bytes: int) -> Tried:
     """The plan that the planner has to choose, of all there are."""
     fits = [one for one in tried if one.peak_bytes <= cap_bytes]
-    as_fast = [one for one in fits if one.lossy == fits[0].lossy and one.seconds <= AS_FAST * fits[0].seconds]
+    as_fast = [
+        one for one in fits if one.lossy_number == fits[0].lossy_number and one.seconds <= AS_FAST * fits[0].seconds
+    ]
     largest = max(one.lossless.micro_batch for one in as_fast)
     return next(one for one in as_fast if one.lossless.micro_batch == largest)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import msgspec
 import pytest
 from hypothesis import given, settings
@@ -12,47 +10,53 @@ from planner_cases import RUNTIME, capped, make_request, requests
 
 from edgetune.cost import FLOAT_BYTES
 from edgetune.methods import METHODS
-from edgetune.planner import Plan, parts_of, plan, process_bytes, smallest_cap_bytes
+from edgetune.planner import parts_of, plan, process_bytes, smallest_cap_bytes
 from edgetune.planner.choices import lossy_choices
 from edgetune.planner.phases import (
     READ_BYTES,
     evaluation_batch,
     evaluation_live_bytes,
+    kept_free_bytes,
     most_live_bytes,
     needed_bytes,
     phases,
     prefetched_bytes,
     resting_bytes,
-    share_that_trains,
 )
 from edgetune.planner.values import (
     ALLOCATOR_SHARE,
     HOLES_BYTES,
+    LIMIT_BYTES,
     MAX_EVALUATION_BATCH,
     PREFETCHED_BATCHES,
     PROCESS_BYTES,
+    TOKEN_HOLES_BYTES,
     Lossy,
     PlanRequest,
 )
 from edgetune.units import MIB
 
 
-def holes_of(chosen: Plan) -> Fraction:
-    depth = len(chosen.token_ceiling)
-    return share_that_trains(depth, chosen.split_block, chosen.trained_blocks, draws=chosen.draws)
-
-
 def test_a_process_holds_its_runtime_and_a_little_more_than_what_is_live() -> None:
     live = 1000 * MIB
-    for holes, fixed in ((0, PROCESS_BYTES), (Fraction(1, 3), PROCESS_BYTES + MIB), (1, PROCESS_BYTES + HOLES_BYTES)):
-        assert process_bytes(RUNTIME, 0, Fraction(holes)) == RUNTIME + fixed
-        assert process_bytes(RUNTIME, live, Fraction(holes)) == RUNTIME + fixed + round((1 + ALLOCATOR_SHARE) * live)
+    for kept_free in (0, MIB):
+        assert process_bytes(RUNTIME, 0, kept_free) == RUNTIME + PROCESS_BYTES + kept_free
+        assert process_bytes(RUNTIME, live, kept_free) == (
+            RUNTIME + PROCESS_BYTES + kept_free + round((1 + ALLOCATOR_SHARE) * live)
+        )
 
 
-def test_holes_are_left_by_all_blocks_that_train_in_some_step() -> None:
-    assert share_that_trains(12, 8, 4, draws=False) == Fraction(1, 3)
-    assert share_that_trains(12, 0, 4, draws=True) == 1
-    assert share_that_trains(12, 12, 0, draws=False) == share_that_trains(12, 0, 0, draws=True) == 0
+def test_more_is_kept_free_for_more_blocks_that_train_for_changing_tokens_and_for_a_limit() -> None:
+    tokens = (196,) * 12
+
+    def kept(method: str, lossy: Lossy, **options: object) -> int:
+        return kept_free_bytes(make_request(method, **options), lossy)
+
+    assert kept("last-k", Lossy(8, 4, tokens, False, True)) == HOLES_BYTES // 3
+    assert kept("head", Lossy(12, 0, tokens, False, True)) == 0
+    assert kept("random-k", Lossy(0, 4, tokens, False, True)) == HOLES_BYTES  # any of them is drawn
+    assert kept("alast", Lossy(0, 4, tokens, False, True)) == HOLES_BYTES + TOKEN_HOLES_BYTES
+    assert kept("head", Lossy(12, 0, tokens, False, True), by_limit=True) == LIMIT_BYTES
 
 
 @given(st.integers(1, 2**62), st.integers(0, 2**40))
@@ -84,7 +88,7 @@ def test_no_phase_passes_the_cap_and_the_peak_is_the_largest(request: PlanReques
             PREFETCHED_BATCHES * features + READ_BYTES if prefix.whole else waiting + PREFETCHED_BATCHES * features
         )
     assert chosen.predicted_phase_bytes["train"] == process_bytes(
-        RUNTIME, chosen.predicted.peak_bytes + waiting, holes_of(chosen)
+        RUNTIME, chosen.predicted.peak_bytes + waiting, chosen.kept_free_bytes
     )
 
 
@@ -172,7 +176,7 @@ def test_the_parts_cover_the_peak_of_training(request: PlanRequest, share: float
         )
     assert parts["inputs"] - chosen.predicted.inputs_bytes == pytest.approx(waiting, abs=1)
     assert parts["margin"] == pytest.approx(
-        PROCESS_BYTES + HOLES_BYTES * holes_of(chosen) + ALLOCATOR_SHARE * (chosen.predicted.peak_bytes + waiting),
+        PROCESS_BYTES + chosen.kept_free_bytes + ALLOCATOR_SHARE * (chosen.predicted.peak_bytes + waiting),
         abs=2,
     )
     # What stays through a whole step is under its peak.

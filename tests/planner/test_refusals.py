@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 import msgspec
 import pytest
@@ -93,6 +92,6 @@ def test_no_method_needs_less_than_its_largest_phase_beside_training() -> None:
     request = make_request("head", batch_size=1, load_copies=3.0)
     weights = 4 * request.shape.parameters
     smallest = smallest_cap_bytes(request)
-    assert smallest >= process_bytes(RUNTIME, 3 * weights, Fraction(0))
+    assert smallest >= process_bytes(RUNTIME, 3 * weights, 0)
     chosen = plan(capped(request, smallest))
     assert chosen.predicted_phase_bytes["load"] == smallest > chosen.predicted_phase_bytes["train"]
