@@ -18,7 +18,7 @@ from edgetune.cli.options import (
     parse_split,
     plan_settings,
 )
-from edgetune.errors import DoesNotFit
+from edgetune.errors import DoesNotFit, UsageError
 from edgetune.units import MIB, format_bytes, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
@@ -163,6 +163,8 @@ def plan(
             **levers,
         )
 
+    if all_devices and min_cap:
+        raise UsageError("--all-devices and --min-cap ask for different answers: leave one of them out.")
     if all_devices:
         _fit_table(devices.list_devices(), request, json)
         return
