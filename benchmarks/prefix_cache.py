@@ -132,7 +132,8 @@ def main() -> None:
         "# What a cached prefix saves\n\n"
         f"Made by `python benchmarks/prefix_cache.py --rounds {args.rounds}` on {machine()}. One thread, AdamW, random "
         f"weights, {args.rounds} interleaved rounds, the best of each. Times are of training and caching, without "
-        "evaluation; the cache is float16. Of the four blocks above the split three train in a step.\n\n" + "\n".join(parts),
+        "evaluation; the cache is float16. Of the four blocks above the split three train in a step.\n\n"
+        + "\n".join(parts),
         encoding="utf-8",
     )
 
