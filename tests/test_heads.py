@@ -26,6 +26,7 @@ class _Headed(FakeBackend):
         super().__init__(2, 3 * 8 * 8)
         self.asked: list[tuple[int, tuple[int, ...]]] = []
         self.errors = errors or []
+        self.bias: Array = np.zeros(2, np.float32)
 
     def head_inputs(self, inputs: Images, cached_blocks: int, patch_tokens: tuple[int, ...]) -> Array:
         if self.errors:
@@ -34,7 +35,10 @@ class _Headed(FakeBackend):
         return inputs.reshape(len(inputs), -1)
 
     def set_head(self, weight: Array, bias: Array) -> None:
-        self.weight = np.ascontiguousarray(weight.T)
+        self.weight, self.bias = np.ascontiguousarray(weight.T), bias
+
+    def evaluate(self, inputs: Images, cached_blocks: int = 0, patch_tokens: tuple[int, ...] | None = None) -> Array:
+        return super().evaluate(inputs, cached_blocks, patch_tokens) + self.bias
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from edgetune.backends.pytorch import TorchBackend
 from edgetune.checkpoint import latest_checkpoint
 from edgetune.data import images as images_module
 from edgetune.errors import CapExceeded, Interrupted, UsageError
+from edgetune.guard import growth_to_come
 from edgetune.optim import Optimizer
 from edgetune.report import RunReport, read_report
 from edgetune.store import read_plan
@@ -117,8 +118,7 @@ def test_a_step_that_failed_is_done_again_and_the_report_tells_of_it(
     plan, before = read_plan(tmp_path / "r" / "plan.json"), read_plan(calm / "plan.json")
     assert plan.predicted_peak_bytes == report.predicted_peak_bytes
     # Down to four fifths of what the plan adds each time; the cap that is answered to stays.
-    growth = [each.predicted_peak_bytes - each.runtime_bytes for each in (plan, before)]
-    assert growth[0] <= 0.8**times * growth[1]
+    assert growth_to_come(plan) <= 0.8**times * growth_to_come(before)
     assert (plan.cap_bytes, plan.batch_size) == (before.cap_bytes, before.batch_size)
     mine, theirs = losses(tmp_path / "r"), losses(calm)
     assert mine[:2] == theirs[:2]
@@ -169,7 +169,7 @@ def test_the_fourth_time_ends_the_run_with_a_folder_that_goes_on(
 def test_a_step_that_updated_some_weights_is_finished_by_the_next_attempt(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = RUN | {"method": "last-k", "trained_blocks": 2}
+    options: dict[str, Any] = RUN | {"method": "last-k", "trained_blocks": 2, "head_first": False}
     finetune(images, tmp_path / "calm", **options)
     updates = fail(monkeypatch, Optimizer, "_update", lambda call: call == 40)
     report = finetune(images, tmp_path / "short", **options)
