@@ -590,3 +590,54 @@ def test_a_cache_miss_on_the_way_to_a_mistake_is_no_sign() -> None:
     error = RuntimeError("shapes differ")
     error.__context__ = KeyError("out of memory")
     assert not _says(error)
+
+
+# --- GPU: on a made-up one, for want of a machine that has one
+
+
+class _Cuda:
+    def __init__(self, *total_bytes: int) -> None:
+        self._total, self.fractions = total_bytes, [1.0] * len(total_bytes)
+
+    def is_available(self) -> bool:
+        return bool(self._total)
+
+    def device_count(self) -> int:
+        return len(self._total)
+
+    def get_device_properties(self, number: int) -> Any:
+        return type("Properties", (), {"total_memory": self._total[number]})
+
+    def set_per_process_memory_fraction(self, share: float, number: int) -> None:
+        self.fractions[number] = share
+
+
+def _with_gpus(monkeypatch: pytest.MonkeyPatch, *total_bytes: int) -> _Cuda:
+    cuda = _Cuda(*total_bytes)
+    monkeypatch.setitem(sys.modules, "torch", type("torch", (), {"cuda": cuda}))
+    return cuda
+
+
+@linux
+def test_with_a_limit_a_gpu_gives_as_much_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = _with_gpus(monkeypatch, 4 * GIB, 512 * MIB)
+    with enforce("rlimit", growth_bytes=GIB, simulated=True) as limit:
+        assert cuda.fractions == [0.25, 1.0]
+        assert limit.description.endswith(", at most 25.0%, 100.0% of the GPU's memory")
+    assert cuda.fractions == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("kind", "totals"), [("none", (4 * GIB,)), ("rlimit", ())])
+@linux
+def test_without_a_limit_or_a_gpu_nothing_is_said_of_one(
+    monkeypatch: pytest.MonkeyPatch, kind: Any, totals: tuple[int, ...]
+) -> None:
+    cuda = _with_gpus(monkeypatch, *totals)
+    with enforce(kind, growth_bytes=GIB, simulated=True) as limit:
+        assert cuda.fractions == [1.0] * len(totals)
+        assert "GPU" not in limit.description
+
+
+def test_past_the_fraction_the_error_counts_as_lack_of_memory() -> None:
+    words = "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 3.87 GiB of which 1.2 MiB is free."
+    assert is_out_of_memory(RuntimeError(words), left_bytes=None, needed_bytes=None)

@@ -20,6 +20,7 @@ from typing import Literal
 import msgspec
 
 from edgetune import process, system
+from edgetune.enforce.gpu import gpu_fraction
 from edgetune.errors import UsageError
 from edgetune.units import MIB, format_bytes
 
@@ -50,7 +51,7 @@ def enforce(kind: EnforceKind, *, growth_bytes: int, simulated: bool, root: Path
     RLIMIT_DATA bounds private writable memory (nearly all that training takes) of each process by itself. Past it an
     allocation fails with an error; shared and read-only maps of files are not counted, private writable maps of files
     are, in full. A cgroup also counts page cache and child processes, and kills. Under `rlimit` torch runs without
-    oneDNN, where it is loaded already.
+    oneDNN, where it is loaded already. With either, torch's allocator may take as much of a GPU's memory and no more.
     Raises: UsageError where `rlimit` or `cgroup` was asked for and can't be had; ValueError if `growth_bytes` < 1.
     """
     if growth_bytes < 1:
@@ -67,6 +68,9 @@ def enforce(kind: EnforceKind, *, growth_bytes: int, simulated: bool, root: Path
                 raise UsageError(f"--enforce rlimit can't hold here: {obstacle}. Leave it out, or try --enforce none.")
             else:
                 limit = msgspec.structs.replace(limit, description=f"{WATCHED} ({obstacle})")
+        if limit.kind != "none":
+            said = stack.enter_context(gpu_fraction(growth_bytes))
+            limit = msgspec.structs.replace(limit, description=limit.description + said)
         yield limit
 
 
