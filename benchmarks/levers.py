@@ -54,6 +54,7 @@ def run(arguments: list[str], epochs: int, seed: int) -> Run:
         output = Path(folder, "run")
         command = [sys.executable, "-m", "edgetune", "finetune", "--device", "jetson-nano", "--json", "--quiet"]
         command += [
+            "--no-head-first",
             "--epochs",
             str(epochs),
             "--seed",

@@ -16,8 +16,8 @@ ALLOCATOR_SHARE = 0.03
 PROCESS_BYTES = 8 * MIB
 # What small tensors of blocks that train leave as holes, where all of them may train; else their share of it.
 HOLES_BYTES = 3 * MIB
-# More of them where the number of tokens changes from step to step (6.9 MiB in 500 steps of the bundled model).
-TOKEN_HOLES_BYTES = 2 * MIB
+# More of them where the number of tokens changes from step to step.
+TOKEN_HOLES_BYTES = MIB
 # Where RLIMIT_DATA holds the cap: it must leave room for code that is paged in later, which it does not count.
 LIMIT_BYTES = 3 * MIB
 # Micro-batches that exist beside the one being computed: one being loaded, one waiting.
