@@ -121,7 +121,7 @@ class RidgeClassifier:
             solved = np.einsum("de,ec->dc", inverse, cross)
             leverage = np.einsum("nd,nd->n", np.einsum("nd,de->ne", kept, inverse), kept) / count + 1 / count
             told = np.einsum("nd,dc->nc", kept, solved) + share
-            left_out = targets - (targets - told) / np.maximum(1 - leverage, 1e-3)[:, None]
+            left_out = targets - (targets - told) / np.maximum(1 - leverage, 1e-9)[:, None]
             right = float((left_out.argmax(axis=1) == targets.argmax(axis=1)).mean())
             for scale in SCALES:
                 loss = _cross_entropy(scale * left_out, targets)

@@ -97,6 +97,17 @@ def test_what_a_classifier_says_of_itself_is_of_images_left_out() -> None:
     assert found.told_right < 0.45
 
 
+@pytest.mark.parametrize(("count", "width"), [(36, 96), (24, 48), (42, 48)])
+def test_with_fewer_images_than_features_it_is_not_taken_in_by_noise(count: int, width: int) -> None:
+    rng = np.random.default_rng(count)
+    features, labels = rng.standard_normal((count, width)).astype(np.float32), rng.integers(0, 3, count)
+    found = _fitted(features, labels, 3).fitted()
+    others = rng.standard_normal((400, width)).astype(np.float32)
+    logits = others @ found.weight.T + found.bias
+    assert found.told_right < 0.7
+    assert np.abs(logits).max() < 5  # nothing is said loudly of what is not known
+
+
 def test_features_that_never_change_and_classes_that_never_come_are_no_trouble() -> None:
     features, labels = _separate(40, 6, 2)
     features[:, 5] = 7.0
