@@ -65,6 +65,7 @@ class OrtBackend:
         self._stored = open_tensors(weights, manifest.files[manifest.weights].sha256)
         self._live: _Live | None = None
         self._prefix: Any = None
+        self._given: list[Any] = []
         self._changed: dict[str, Array] = {}  # of a suffix that is not in memory, what differs from the file
 
     # ---------------------------------------------------------------------------------------------------------- steps
@@ -191,12 +192,22 @@ class OrtBackend:
             options = session_options(self._threads)
             # Weights laid out anew for products would be a second copy of them.
             options.add_session_config_entry("session.disable_prepacking", "1")
+            self._give_changed(options)
             path = str(self.folder / self.variant.prefix_graph)
             self._prefix = inference().InferenceSession(path, options, providers=["CPUExecutionProvider"])
         feeds = {"images": np.ascontiguousarray(images, np.float32), "tokens": np.asarray(tokens, np.int64)}
         wanted = [each.name for each in self.variant.prefix_inputs]
         found = self._prefix.run(None, {name: feeds[name] for name in wanted})
         return found[0], found[1] if len(found) > 1 else np.zeros(0, np.float32)
+
+    def _give_changed(self, options: Any) -> None:
+        """Blocks that were trained before the split rose are in the prefix now: its session gets them as they are."""
+        below = self._frozen_regions()
+        names = [name for name in self._changed if region_of(name) in below]
+        if names:
+            values = [inference().OrtValue.ortvalue_from_numpy(self._changed[name]) for name in names]
+            options.add_external_initializers(names, values)
+            self._given = values  # they borrow the arrays' memory, and the session theirs
 
     def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
         raise UnsupportedModel("artifacts have no outputs in between to look for a split at: name one with --split.")
@@ -207,7 +218,7 @@ class OrtBackend:
         self._prefix = None
         gc.collect()
         own = {each.name for each in self.variant.parameters}
-        return sum(int(stored[name].nbytes) for name in self._stored if name not in own)
+        return sum(int(self._stored[name].nbytes) for name in self._stored if name not in own)
 
     def bring_back_prefix(self) -> None:
         """Nothing to do: it is read when it is next needed."""
@@ -217,9 +228,8 @@ class OrtBackend:
     def _loaded(self) -> _Live:
         if self._live is None:
             self._live = load_variant(self.folder, self.variant, self._threads)
-            for name in list(self._changed):
-                if name in self._live.values:
-                    np.copyto(self._live.values[name], self._changed.pop(name))
+            for name in self._changed.keys() & self._live.values.keys():
+                np.copyto(self._live.values[name], self._changed.pop(name))
         return self._live
 
     def use_variant(self, variant: Variant) -> None:
@@ -227,7 +237,9 @@ class OrtBackend:
         if variant.name == self.variant.name:
             return
         if self._live is not None:
-            self._changed |= {name: values.copy() for name, values in self._live.values.items()}
+            self._changed |= {
+                name: values.copy() for name, values in self._live.values.items() if name in self._live.gradients
+            }
         self._live = self._prefix = None
         gc.collect()
         self.variant = variant
@@ -264,9 +276,8 @@ class OrtBackend:
             if self._live is not None and name in self._live.values:
                 np.copyto(self._live.values[name], array)
             elif not np.array_equal(stored, array):
-                if region_of(name) in self._frozen_regions():
-                    raise RuntimeError(f"{name} differs from that of the artifacts, whose frozen blocks can't change")
                 self._changed[name] = np.array(array)
+                self._prefix = None  # which may hold it
             else:
                 self._changed.pop(name, None)
         self.optimizer.state = {} if optimizer else self.optimizer.state

@@ -35,7 +35,7 @@ from edgetune.methods import DRAWN_SHARE, adaptive_obstacle
 from edgetune.optim import OptimizerSettings
 from edgetune.planner import TOKEN_MULTIPLE, default_token_floor
 
-REQUEST_FILE, ERROR_FILE, WEIGHTS_FILE = "request.json", "error.txt", "model.safetensors"
+REQUEST_FILE, ERROR_FILE, PARITY_FILE, WEIGHTS_FILE = "request.json", "error.txt", "parity.json", "model.safetensors"
 PREDICTED_BATCH = 8
 PACKAGES = ("edgetune", "torch", "timm", "onnx", "onnxruntime-training-cpu")
 
@@ -55,10 +55,15 @@ class ExportRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     schedule: Schedule
     alast: AlastSettings = AlastSettings()
     seed: int = 0
+    threads: int = 1
+    verify: bool = True
 
 
-def build(folder: Path, request: ExportRequest) -> Manifest:
-    """Write everything but measurements. Raises: EdgetuneError of every kind that loading a model has; UnsupportedModel."""
+def build(folder: Path, request: ExportRequest) -> tuple[Manifest, Any]:
+    """Write everything but measurements; the manifest and the model.
+
+    Raises: EdgetuneError of every kind that loading a model has; UnsupportedModel.
+    """
     import torch
 
     from edgetune.export.training import write_optimizers
@@ -83,7 +88,7 @@ def build(folder: Path, request: ExportRequest) -> Manifest:
     if request.embeddings_train:
         ways.insert(0, (0, True))
     variants = tuple(_variant(folder, model, shape, split, embeddings, prunes=prunes) for split, embeddings in ways)
-    return Manifest(
+    manifest = Manifest(
         opset=_opset(),
         ir_version=_ir_version(),
         versions=_versions(),
@@ -103,6 +108,7 @@ def build(folder: Path, request: ExportRequest) -> Manifest:
         notes=tuple(_notes(model)),
         files={},
     )
+    return manifest, model
 
 
 def _with_its_head(loaded: Any, request: ExportRequest) -> Any:
@@ -278,7 +284,13 @@ def main() -> int:
     request_file.unlink()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        write_manifest(folder, build(folder, request))
+        manifest, model = build(folder, request)
+        manifest = write_manifest(folder, manifest)
+        if request.verify:
+            from edgetune.export.parity import verify
+
+            found = verify(folder, manifest, model, threads=request.threads)
+            (folder / PARITY_FILE).write_bytes(msgspec.json.encode(found))
     except EdgetuneError as error:
         (folder / ERROR_FILE).write_text(f"{type(error).__name__}\n{error}", encoding="utf-8")
         return 1

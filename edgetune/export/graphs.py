@@ -103,7 +103,7 @@ def prefix_graph(model: VisionTransformer, blocks: int, *, prunes: bool) -> onnx
     """
     cut = Prefix(model, 0, blocks, prunes=prunes)
     outputs = ["features", "deltas"] if prunes else ["features"]
-    return _exported(cut, (_images(model),), ["images"], outputs, training=False)
+    return _exported(cut, (_images(model),), ["images"], outputs)
 
 
 def suffix_graph(model: VisionTransformer, first: int, *, prunes: bool) -> onnx.ModelProto:
@@ -115,7 +115,7 @@ def suffix_graph(model: VisionTransformer, first: int, *, prunes: bool) -> onnx.
             inputs = embed(model, inputs)
     targets = torch.full((2, model.num_classes), 0.5 / model.num_classes)
     outputs = ["loss", "logits", *(["deltas"] if cut.prunes else [])]
-    return _exported(cut, (inputs, targets), ["images" if first == 0 else "features", "targets"], outputs, training=True)
+    return _exported(cut, (inputs, targets), ["images" if first == 0 else "features", "targets"], outputs)
 
 
 def _images(model: VisionTransformer) -> Tensor:
@@ -124,7 +124,7 @@ def _images(model: VisionTransformer) -> Tensor:
 
 
 def _exported(
-    cut: Cut, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str], *, training: bool
+    cut: Cut, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str]
 ) -> onnx.ModelProto:
     if cut.prunes:
         patches = cut.model.patch_embed.num_patches
@@ -145,7 +145,8 @@ def _exported(
                 dynamic_axes=dynamic,
                 opset_version=OPSET,
                 do_constant_folding=False,
-                training=torch.onnx.TrainingMode.TRAINING if training else torch.onnx.TrainingMode.EVAL,
+                # Or equal weights would become one, which training makes different.
+                training=torch.onnx.TrainingMode.TRAINING,
                 dynamo=False,
             )
         except Exception as error:
