@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -60,7 +60,9 @@ class Guard:
         """A sentence if the machine has less memory left than a step under this plan may take."""
         return short_of_memory(self.needed_bytes(plan))
 
-    def tighter(self, request: PlanRequest, current: Plan) -> Plan:
+    def tighter(
+        self, request: PlanRequest, current: Plan, make_plan: Callable[[PlanRequest], Plan] = plan
+    ) -> Plan:
         """The plan after this one, for a run whose memory ran out all the same; the cap it answers to stays.
 
         It adds TIGHTENED_SHARE of what this one does and no more than can be had now (of a limit that somebody else set,
@@ -83,11 +85,11 @@ class Guard:
             threads=current.threads,
         )
         try:
-            found = plan(request)
+            found = make_plan(request)
         except DoesNotFit as error:
             if error.smallest_cap_bytes > current.cap_bytes:
                 raise
-            found = plan(msgspec.structs.replace(request, cap_bytes=error.smallest_cap_bytes))
+            found = make_plan(msgspec.structs.replace(request, cap_bytes=error.smallest_cap_bytes))
             if all(getattr(found, name) == getattr(current, name) for name in CHOICES):
                 raise
         past = {phase: size for phase, size in phases.items() if phase in PAST}

@@ -11,6 +11,7 @@ import platform
 import msgspec
 
 from edgetune import devices, runtimes, system
+from edgetune.errors import BackendUnavailable
 from edgetune.memory import MemoryMeter, MemoryPeaks
 from edgetune.profiles import DeviceProfile, Runtime
 from edgetune.units import MIB, format_bytes
@@ -88,6 +89,12 @@ def judge_for(
     runtime = rounded
     if not here:
         stated = stated_runtime(profile, backend)
+        if stated is None and backend == "ort":
+            raise BackendUnavailable(
+                f"{profile.id} states no runtime for ONNX Runtime ([runtime.ort] in its profile), so nothing can be said of "
+                "its memory there. Train for it with torch (--backend torch), or name a phone's profile: "
+                "edgetune devices list."
+            )
         if stated is None:
             notes.append(
                 f"{profile.id} states no runtime for {backend}: this machine's {format_bytes(rounded)} is used in its place"

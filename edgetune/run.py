@@ -11,7 +11,6 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,6 +18,7 @@ from edgetune import devices, system
 from edgetune import settings as settings_module
 from edgetune.backends.base import Backend
 from edgetune.checkpoint import create_run_folder, open_run_folder
+from edgetune.engines import Built
 from edgetune.errors import CapExceeded, RunFolderError
 from edgetune.guard import Guard, guarded, memory_ends
 from edgetune.job import Listener
@@ -40,9 +40,6 @@ from edgetune.store import (
     trainable_space,
     write_start,
 )
-
-if TYPE_CHECKING:
-    from edgetune.vit.models import LoadedModel
 
 
 def finetune(
@@ -79,12 +76,13 @@ def finetune(
                 )
             guard = stack.enter_context(guarded(settings.enforce, judge, meter))
             with meter.phase("load"), memory_ends("loading the model", guard):
-                loaded, backend = build(setup, meter, pretrained=settings.pretrained)
+                built = build(setup, meter, pretrained=settings.pretrained)
+                backend = built.backend
             if looks(setup.settings, setup.request, len(setup.data.train.paths), replay=stored_plan is not None):
                 with meter.phase("look"), memory_ends("looking for the split", guard):
                     setup = decide(setup, backend, listener)
             with meter.phase("load"), memory_ends("writing the run folder", guard):
-                stored, standing = _write_start(setup, path, loaded, backend)
+                stored, standing = _write_start(setup, path, built)
             if setup.plan.prefix is None:
                 _reserve(backend, setup, guard)
         except BaseException as error:
@@ -119,7 +117,7 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
         _check_data(path, stored, setup)
         guard = stack.enter_context(guarded(settings.enforce, judge, meter))
         with meter.phase("load"), memory_ends("loading the run", guard):
-            backend = build(setup, meter, pretrained=False)[1]
+            backend = build(setup, meter, pretrained=False).backend
             standing = restore(path, setup.plan, backend)
             if setup.plan.prefix is None:
                 standing.restore_optimizer()
@@ -152,10 +150,8 @@ def _check_data(path: Path, stored: StoredRun, setup: Setup) -> None:
         )
 
 
-def _write_start(setup: Setup, path: Path, loaded: LoadedModel, backend: Backend) -> tuple[StoredRun, Standing]:
+def _write_start(setup: Setup, path: Path, built: Built) -> tuple[StoredRun, Standing]:
     """All of the run folder that does not change, from the model as the run starts with it."""
-    from edgetune.vit.models import timm_config
-
     stored = StoredRun(
         settings=setup.settings,
         classes=setup.data.classes,
@@ -163,10 +159,10 @@ def _write_start(setup: Setup, path: Path, loaded: LoadedModel, backend: Backend
         val_images=len(setup.data.val.paths),
         images_sha256=images_sha256(setup.data),
         preprocess=setup.preprocess,
-        architecture=loaded.architecture,
-        model_args=loaded.model_args,
+        architecture=built.architecture,
+        model_args=built.model_args,
     )
-    return stored, write_start(path, stored, setup.plan, timm_config(loaded, setup.data.classes), backend)
+    return stored, write_start(path, stored, setup.plan, built.config, built.backend)
 
 
 def _reserve(backend: Backend, setup: Setup, guard: Guard) -> None:

@@ -12,6 +12,7 @@ import msgspec
 from edgetune.alast import AlastSettings
 from edgetune.cost import ViTShape
 from edgetune.data.preprocess import Preprocess
+from edgetune.errors import ArtifactsError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -153,6 +154,22 @@ def variant_name(split_block: int, depth: int, *, embeddings_train: bool) -> str
     if split_block == 0:
         return "all"
     return "head" if split_block == depth else f"upper-{depth - split_block}"
+
+
+def variant_at(manifest: Manifest, split_block: int, *, embeddings_train: bool) -> Variant:
+    """The variant that trains from a block up. Raises: ArtifactsError naming those that there are."""
+    for variant in manifest.variants:
+        if (variant.split_block, variant.embeddings_train) == (split_block, embeddings_train):
+            return variant
+    raise ArtifactsError(
+        f"the plan trains from block {split_block} up, and the artifacts hold {cuts(manifest)}. Export them again with "
+        f"--split {split_block}, or leave --plan out."
+    )
+
+
+def cuts(manifest: Manifest) -> str:
+    """The variants, in words."""
+    return ", ".join(f"{variant.name} (from block {variant.split_block} up)" for variant in manifest.variants)
 
 
 def ladder(depth: int) -> tuple[int, ...]:

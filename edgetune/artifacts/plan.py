@@ -12,7 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from edgetune import cost
-from edgetune.artifacts.manifest import Manifest, Measured, MeasuredPeak, Variant
+from edgetune.artifacts.manifest import Manifest, Measured, MeasuredPeak, Variant, cuts
 from edgetune.cost import FLOAT_BYTES, Recompute, Selection, StepSetup
 from edgetune.errors import ArtifactsError, DoesNotFit, UsageError
 from edgetune.planner import CachedPrefix, Plan, PlanRequest, ceilings, format_cap, process_bytes
@@ -67,8 +67,8 @@ def choices(manifest: Manifest, request: PlanRequest) -> Iterator[Choice]:
     for embeddings in space.embeddings:
         for split in space.splits:
             variant = by_cut.get((split, embeddings))
-            if variant is None:
-                continue
+            if variant is None or _cached_blocks(request) not in (None, split):
+                continue  # what is cached is what enters this graph
             for count in space.trained_blocks[split]:
                 for ratio in ceiling_ratios(request, split):
                     tokens = ceilings(shape, split, ratio, request.split_tokens or 1.0, _cached_blocks(request))
@@ -79,17 +79,6 @@ def choices(manifest: Manifest, request: PlanRequest) -> Iterator[Choice]:
 
 def _cached_blocks(request: PlanRequest) -> int | None:
     return None if request.cache is None else request.cache.blocks
-
-
-def variant_of(manifest: Manifest, plan: Plan) -> Variant:
-    """The variant that a plan is for. Raises: ArtifactsError if it is not there."""
-    for variant in manifest.variants:
-        if (variant.split_block, variant.embeddings_train) == (plan.split_block, plan.embeddings_train):
-            return variant
-    raise ArtifactsError(
-        f"the plan trains from block {plan.split_block} up, and the artifacts hold {_cuts(manifest)}. Export them again with "
-        f"--split {plan.split_block}, or leave --plan out."
-    )
 
 
 def variants_that_fit(manifest: Manifest, room_bytes: int) -> tuple[Variant, ...]:
@@ -229,14 +218,10 @@ def _refuse_levers(request: PlanRequest) -> None:
         raise UsageError("--frozen-weights bfloat16: artifacts hold float32 weights. Leave it out.")
 
 
-def _cuts(manifest: Manifest) -> str:
-    return ", ".join(f"{variant.name} (from block {variant.split_block} up)" for variant in manifest.variants)
-
-
 def _no_such_variant(manifest: Manifest, request: PlanRequest) -> str:
     wanted = ", ".join(map(str, request.space.splits[:4]))
     return (
-        f"--method {request.space.name} would begin to train at block {wanted}; these artifacts hold {_cuts(manifest)}. "
+        f"--method {request.space.name} would begin to train at block {wanted}; these artifacts hold {cuts(manifest)}. "
         "Choose one of these with --split, or export with --split N."
     )
 

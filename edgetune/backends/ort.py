@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.artifacts.manifest import Manifest, Variant
+from edgetune.artifacts.manifest import Manifest, Variant, variant_at
 from edgetune.backends.arrays import ArrayTensor
 from edgetune.backends.base import Array, Images, Labels, StepResult
 from edgetune.backends.ort_runtime import inference, session_options, training_api
@@ -244,6 +244,10 @@ class OrtBackend:
         gc.collect()
         self.variant = variant
 
+    def use_split(self, split_block: int, *, embeddings_train: bool) -> None:
+        """Raises: ArtifactsError if the artifacts have no variant of it."""
+        self.use_variant(variant_at(self.manifest, split_block, embeddings_train=embeddings_train))
+
     def model_tensors(self) -> Mapping[str, Array]:
         return _Tensors(self._stored, self._changed, {} if self._live is None else self._live.values)
 
@@ -348,6 +352,6 @@ def _view(value: Any, shape: Sequence[int]) -> Floats:
     if tuple(value.shape()) != tuple(shape) or value.data_type() != "tensor(float)":
         raise ArtifactsError(f"a parameter is {value.data_type()} {value.shape()}, not float32 {list(shape)}")
     floats = (ctypes.c_float * math.prod(shape)).from_address(value.data_ptr())
-    return np.frombuffer(floats, np.float32).reshape(shape)
+    return np.ctypeslib.as_array(floats).reshape(shape)
 
 

@@ -50,7 +50,7 @@ def _imported(name: str) -> Any:
                 package = types.ModuleType("onnxruntime.training")
                 package.__path__ = [str(folder)]
                 sys.modules["onnxruntime.training"] = package
-                runtime.training = package
+                setattr(runtime, "training", package)  # noqa: B010 - what the import system would do
             found = importlib.import_module(name)
     except ImportError as error:
         raise BackendUnavailable(_missing(error)) from error

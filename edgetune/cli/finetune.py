@@ -12,6 +12,7 @@ import typer
 
 from edgetune.cli.options import (
     SPLIT_CHOICES,
+    BackendChoice,
     CachePrecision,
     Embeddings,
     Enforce,
@@ -122,6 +123,14 @@ def finetune(
             help="Input size in pixels; position embeddings are resized. Default: the model's.",
             panel=MODEL,
         ),
+    ] = None,
+    backend: Annotated[
+        BackendChoice | None,
+        _option("--backend", help="What computes: torch (default), or ort, from artifacts and without torch.", panel=MODEL),
+    ] = None,
+    artifacts: Annotated[
+        Path | None,
+        _option("--artifacts", help="Folder that `edgetune export` wrote, for --backend ort.", panel=MODEL),
     ] = None,
     data: Annotated[
         Path | None,
@@ -424,6 +433,8 @@ def finetune(
         "weights": None if weights is None else _absolute(str(weights)),
         "pretrained": pretrained,
         "image_px": image_size,
+        "backend": None if backend is None else backend.value,
+        "artifacts": None if artifacts is None else _absolute(str(artifacts)),
         # Absolute: a run is resumed from elsewhere too.
         "data": None if data is None else _absolute(str(data)),
         "device": _absolute(device) if device is not None and (device.endswith(".toml") or "/" in device) else device,
@@ -541,6 +552,12 @@ def _flags(names: set[str]) -> str:
 def _settings(given: dict[str, Any]) -> RunSettings:
     from edgetune.settings import RunSettings
 
+    if given.get("backend") == "ort" and "artifacts" in given:
+        from edgetune.artifacts.reading import read_manifest
+
+        if "model" in given:
+            raise UsageError("--model: the artifacts are of a model. Leave it out.")
+        given["model"] = read_manifest(Path(given["artifacts"])).model
     if "model" not in given:
         given["model"] = "deit_tiny_patch16_224" if "data" in given else "edgetune_micro"
     if "alast" in given:

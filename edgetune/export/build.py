@@ -113,7 +113,8 @@ def build(folder: Path, request: ExportRequest) -> tuple[Manifest, Any]:
 
 def _with_its_head(loaded: Any, request: ExportRequest) -> Any:
     """A run folder's model with the classifier it learnt, where the classes are its own."""
-    from edgetune.vit.models import load_saved, read_config, weights_file
+    from edgetune.vit.models import load_saved
+    from edgetune.vit.names import read_config, weights_file
 
     folder = Path(request.model.removeprefix("local-dir:"))
     config = read_config(folder)
@@ -130,7 +131,9 @@ def _variant(folder: Path, model: Any, shape: ViTShape, split: int, embeddings: 
 
     name = variant_name(split, shape.depth, embeddings_train=embeddings)
     (folder / name).mkdir()
-    prefix_path, prefix_inputs, prefix_outputs = None, (), ()
+    prefix_path: str | None = None
+    prefix_inputs: tuple[Input, ...] = ()
+    prefix_outputs: tuple[str, ...] = ()
     if split:
         prefix = graphs.prefix_graph(model, split, prunes=prunes)
         _share_weights(prefix, folder / WEIGHTS_FILE)
@@ -184,11 +187,10 @@ def _inputs(graph: Any) -> tuple[Input, ...]:
     from onnx import TensorProto
 
     weights = {tensor.name for tensor in graph.graph.initializer}
-    types = {TensorProto.FLOAT: "float32", TensorProto.INT64: "int64"}
     return tuple(
         Input(
             name=value.name,
-            dtype=types[value.type.tensor_type.elem_type],
+            dtype="int64" if value.type.tensor_type.elem_type == TensorProto.INT64 else "float32",
             shape=tuple(side.dim_param or side.dim_value for side in value.type.tensor_type.shape.dim),
         )
         for value in graph.graph.input
@@ -240,7 +242,7 @@ def _notes(model: Any) -> list[str]:
     random = [
         name
         for name, module in model.named_modules()
-        if (isinstance(module, _DropoutNd) and module.p > 0) or getattr(module, "drop_prob", 0)
+        if (isinstance(module, _DropoutNd) and module.p > 0) or getattr(module, "drop_prob", None)
     ]
     if not random:
         return []

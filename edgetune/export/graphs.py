@@ -69,7 +69,8 @@ class Cut(nn.Module):
         finally:
             handle.remove()
         scores = rows[0][:, self.prefix_tokens :]
-        chosen = scores.topk(leaving, dim=1).indices.sort(dim=1).values + self.prefix_tokens  # type: ignore[call-overload]
+        kept: Any = leaving  # traced: a count that stays an input
+        chosen = scores.topk(kept, dim=1).indices.sort(dim=1).values + self.prefix_tokens
         always = torch.arange(self.prefix_tokens).expand(stream.shape[0], -1)
         index = torch.cat((always, chosen), dim=1)[:, :, None].expand(-1, -1, stream.shape[2])
         return stream.gather(1, index)
@@ -174,9 +175,9 @@ def _exportable(model: VisionTransformer) -> Iterator[None]:
             module.fused_attn = False
             changed.append((module, "fused_attn", True))
         train = module.train
-        module.train = MethodType(lambda self, mode=True: self, module)  # type: ignore[method-assign]
+        module.train = MethodType(lambda self, mode=True: self, module)
         changed.append((module, "train", train))
-    model.eval = lambda: model  # type: ignore[method-assign]
+    model.eval = lambda: model
     for module in model.modules():
         module.training = False
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -45,7 +46,7 @@ def measure(folder: Path, manifest: Manifest, variant: Variant) -> Measured:
         if variant.prefix_graph is not None:
             for batch in sorted({batch for batch, _ in POINTS}):
                 images = np.zeros((batch, 3, preprocess.height_px, preprocess.width_px), np.float32)
-                note("prefix", batch, 1.0, lambda images=images: backend.features(images, all_tokens, pooled=False))
+                note("prefix", batch, 1.0, partial(backend.features, images, all_tokens, pooled=False))
             backend.drop_prefix(variant.split_block, {})
         for batch, share in POINTS:
             tokens = tokens_at(manifest, variant, share)
@@ -54,26 +55,22 @@ def measure(folder: Path, manifest: Manifest, variant: Variant) -> Measured:
             inputs = _inputs(manifest, variant, batch, tokens)
             cached = variant.split_block
             if share == 1:
-                note("evaluate", batch, share, lambda inputs=inputs: backend.evaluate(inputs, cached, all_tokens))
+                note("evaluate", batch, share, partial(backend.evaluate, inputs, cached, all_tokens))
             selection = Selection(
                 tuple(block >= variant.split_block for block in range(shape.depth)), tokens, variant.embeddings_train
             )
-            labels = np.zeros(batch, np.int64)
-            note(
-                "train",
-                batch,
-                share,
-                lambda inputs=inputs, labels=labels, selection=selection, batch=batch: backend.step(
-                    [(inputs, labels)],
-                    selection,
-                    images=batch,
-                    weight_sum=float(batch),
-                    learning_rate=0.0,
-                    seed=0,
-                    with_deltas=True,
-                    cached_blocks=cached,
-                ),
+            step = partial(
+                backend.step,
+                [(inputs, np.zeros(batch, np.int64))],
+                selection,
+                images=batch,
+                weight_sum=float(batch),
+                learning_rate=0.0,
+                seed=0,
+                with_deltas=True,
+                cached_blocks=cached,
             )
+            note("train", batch, share, step)
     return Measured(**{kind: tuple(points) for kind, points in found.items()})
 
 

@@ -167,7 +167,7 @@ def _rules(folder: Path, manifest: Manifest, threads: int) -> float:
         graph = folder / manifest.optimizers[kind].plain
         optimizer = api.Optimizer(str(graph), live.module)
         optimizer.set_learning_rate(1e-3)
-        settings = OptimizerSettings(name=kind, weight_decay=manifest.weight_decay)  # type: ignore[arg-type]
+        settings = OptimizerSettings(name=kind, weight_decay=manifest.weight_decay)
         rules = (_Uniform(settings), _Uniform(settings))
         own = {name: live.values[name].copy() for name in live.gradients}
         tensors = {name: torch.from_numpy(value.copy()) for name, value in own.items()}

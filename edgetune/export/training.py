@@ -99,8 +99,8 @@ def bake(model: onnx.ModelProto, schedule: Schedule) -> None:
     """
     graph = model.graph
     rate, baked = "learning_rate", "scheduled_rate"
-    for node in graph.node:
-        node.input[:] = [baked if name == rate else name for name in node.input]
+    for each in graph.node:
+        each.input[:] = [baked if name == rate else name for name in each.input]
     constants = {
         "one": 1.0,
         "half": 0.5,
@@ -134,5 +134,5 @@ def bake(model: onnx.ModelProto, schedule: Schedule) -> None:
         node("Mul", ["factor", "schedule_scale"], "scaled"),
         node("Mul", [rate, "scaled"], baked),
     ]
-    for place, each in enumerate(nodes):
-        graph.node.insert(place, each)
+    for place, made in enumerate(nodes):
+        graph.node.insert(place, made)
