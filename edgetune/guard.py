@@ -60,9 +60,7 @@ class Guard:
         """A sentence if the machine has less memory left than a step under this plan may take."""
         return short_of_memory(self.needed_bytes(plan))
 
-    def tighter(
-        self, request: PlanRequest, current: Plan, make_plan: Callable[[PlanRequest], Plan] = plan
-    ) -> Plan:
+    def tighter(self, request: PlanRequest, current: Plan, make_plan: Callable[[PlanRequest], Plan] = plan) -> Plan:
         """The plan after this one, for a run whose memory ran out all the same; the cap it answers to stays.
 
         It adds TIGHTENED_SHARE of what this one does and no more than can be had now (of a limit that somebody else set,

@@ -75,9 +75,7 @@ def default_cap_bytes(profile: DeviceProfile, backend: str = "torch") -> int:
     return min(cap, anonymous - stated.anonymous_bytes + stated.bytes)
 
 
-def judge_for(
-    profile: DeviceProfile, ram_cap_bytes: int | None, meter: MemoryMeter, backend: str = "torch"
-) -> Judge:
+def judge_for(profile: DeviceProfile, ram_cap_bytes: int | None, meter: MemoryMeter, backend: str = "torch") -> Judge:
     """Mark the runtime (call it after the warm-up) and settle the cap."""
     here = is_this_machine(profile)
     notes: list[str] = []

@@ -120,7 +120,9 @@ def _training_bytes(request: PlanRequest, choice: Choice) -> int:
     share = sum(above) / (len(above) * shape.patch_tokens) if above else 1.0
     return (
         _peak_at(measured.train, size, share)
-        + cost.optimizer_bytes(shape, request.optimizer, _ever_trained(request, choice.lossy), choice.lossy.embeddings_train)
+        + cost.optimizer_bytes(
+            shape, request.optimizer, _ever_trained(request, choice.lossy), choice.lossy.embeddings_train
+        )
         + cost.update_scratch_bytes(shape, request.optimizer, True, choice.lossy.embeddings_train)
         + _beside(request, choice, size)
     )
@@ -179,7 +181,9 @@ def _ever_trained(request: PlanRequest, lossy: Lossy) -> int:
 
 def _measured(variant: Variant) -> Measured:
     if variant.measured is None or not variant.measured.train or not variant.measured.evaluate:
-        raise ArtifactsError(f"variant {variant.name} was exported without measurements: no cap can be held. Export it again.")
+        raise ArtifactsError(
+            f"variant {variant.name} was exported without measurements: no cap can be held. Export it again."
+        )
     return variant.measured
 
 

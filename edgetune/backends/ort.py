@@ -110,7 +110,9 @@ class OrtBackend:
             deltas[: len(below)] += share * below
             deltas[len(deltas) - len(above) :] += share * above
         # A finite loss can have a gradient that is not; an infinite or missing number makes the sum one.
-        finite = finite and all(math.isfinite(value.grad.sum().item()) for _, value in trained if value.grad is not None)
+        finite = finite and all(
+            math.isfinite(value.grad.sum().item()) for _, value in trained if value.grad is not None
+        )
         if finite:
             self.optimizer.step(trained, learning_rate)
         self.optimizer.finish()
@@ -140,7 +142,9 @@ class OrtBackend:
         """
         classes = self.manifest.shape.classes
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-            raise DataError(f"labels must be from 0 to {classes - 1}; found {int(labels.min())} to {int(labels.max())}.")
+            raise DataError(
+                f"labels must be from 0 to {classes - 1}; found {int(labels.min())} to {int(labels.max())}."
+            )
         weights = np.ones(classes, np.float32) if self.class_weights is None else self.class_weights
         smooth = self.label_smoothing
         targets = np.broadcast_to(weights * np.float32(smooth / classes), (len(labels), classes)).astype(np.float32)
@@ -165,7 +169,9 @@ class OrtBackend:
     def _stream(self, inputs: Array, tokens: Sequence[int], cached_blocks: int) -> tuple[Array, Floats]:
         """What enters the suffix, and the deltas of the blocks below it (none where they are cached)."""
         if cached_blocks not in (0, self.variant.split_block):
-            raise ValueError(f"features of {cached_blocks} blocks for a graph that begins at {self.variant.split_block}")
+            raise ValueError(
+                f"features of {cached_blocks} blocks for a graph that begins at {self.variant.split_block}"
+            )
         if cached_blocks or self.variant.prefix_graph is None:
             return inputs, np.zeros(0, np.float32)
         return self._through_prefix(inputs, tokens)
@@ -339,7 +345,9 @@ def load_variant(folder: Path, variant: Variant, threads: int) -> _Live:
     values, gradients = {}, {}
     for each in variant.parameters:
         if each.name not in state.parameters:
-            raise ArtifactsError(f"{folder}: the checkpoint of variant {variant.name} lacks {each.name}. Export it again.")
+            raise ArtifactsError(
+                f"{folder}: the checkpoint of variant {variant.name} lacks {each.name}. Export it again."
+            )
         parameter = state.parameters[each.name]._parameter
         values[each.name] = _view(parameter.data, each.shape)
         if each.trained:
@@ -353,5 +361,3 @@ def _view(value: Any, shape: Sequence[int]) -> Floats:
         raise ArtifactsError(f"a parameter is {value.data_type()} {value.shape()}, not float32 {list(shape)}")
     floats = (ctypes.c_float * math.prod(shape)).from_address(value.data_ptr())
     return np.ctypeslib.as_array(floats).reshape(shape)
-
-

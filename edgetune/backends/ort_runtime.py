@@ -113,5 +113,3 @@ def session_options(threads: int) -> Any:
     # Threads that spin while they wait starve whatever else runs on a small machine.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
-
-

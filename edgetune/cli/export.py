@@ -42,16 +42,18 @@ def export(
         int | None, _option("--classes", min=2, max=1_000_000, help="So many classes, named on the device.")
     ] = None,
     data: Annotated[Path | None, _option("--data", help="Take the classes from this folder of images.")] = None,
-    device: Annotated[
-        str | None, _option("--device", help="Leave out variants that don't fit this device.")
-    ] = None,
+    device: Annotated[str | None, _option("--device", help="Leave out variants that don't fit this device.")] = None,
     ram_cap: Annotated[str | None, _option("--ram-cap", help="RAM cap in place of the device's.")] = None,
     split: Annotated[
         str | None,
         _option("--split", help="Blocks to cut at, as 4,8. Default: all, the upper 8, 4 and 2 blocks, the head."),
     ] = None,
-    embeddings: Annotated[bool, typer.Option("--train-embeddings", help="One variant more, for --method full.")] = False,
-    lr: Annotated[float, typer.Option("--lr", min=1e-9, max=100.0, help="Peak of the schedule that is built in.")] = 1e-3,
+    embeddings: Annotated[
+        bool, typer.Option("--train-embeddings", help="One variant more, for --method full.")
+    ] = False,
+    lr: Annotated[
+        float, typer.Option("--lr", min=1e-9, max=100.0, help="Peak of the schedule that is built in.")
+    ] = 1e-3,
     steps: Annotated[int, typer.Option("--steps", min=1, max=10**9, help="Its length.")] = DEFAULT_STEPS,
     warmup_steps: Annotated[
         int | None, _option("--warmup-steps", min=0, max=10**9, help="Its linear start; default: a tenth.")

@@ -126,7 +126,9 @@ def finetune(
     ] = None,
     backend: Annotated[
         BackendChoice | None,
-        _option("--backend", help="What computes: torch (default), or ort, from artifacts and without torch.", panel=MODEL),
+        _option(
+            "--backend", help="What computes: torch (default), or ort, from artifacts and without torch.", panel=MODEL
+        ),
     ] = None,
     artifacts: Annotated[
         Path | None,

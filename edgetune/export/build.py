@@ -78,7 +78,10 @@ def build(folder: Path, request: ExportRequest) -> tuple[Manifest, Any]:
         loaded = _with_its_head(loaded, request)
     shape = build_meta(source, request.class_count)[1]
     model = loaded.model.eval()
-    state = {name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy() for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
+        for name, tensor in model.state_dict().items()
+    }
     save_tensors(folder / WEIGHTS_FILE, state, {"format": "pt"})
     optimizer = OptimizerSettings(weight_decay=request.weight_decay)
     optimizers = write_optimizers(folder, optimizer, request.schedule)
@@ -98,7 +101,9 @@ def build(folder: Path, request: ExportRequest) -> tuple[Manifest, Any]:
         shape=shape,
         preprocess=loaded.preprocess,
         classes=request.classes,
-        config=timm_config(loaded, request.classes or tuple(f"class {number}" for number in range(request.class_count))),
+        config=timm_config(
+            loaded, request.classes or tuple(f"class {number}" for number in range(request.class_count))
+        ),
         weights=WEIGHTS_FILE,
         variants=variants,
         optimizers=optimizers,
@@ -143,7 +148,9 @@ def _variant(folder: Path, model: Any, shape: ViTShape, split: int, embeddings: 
         prefix_inputs, prefix_outputs = _inputs(prefix), tuple(each.name for each in prefix.graph.output)
     suffix = graphs.suffix_graph(model, split, prunes=prunes)
     inputs, outputs = _inputs(suffix), tuple(each.name for each in suffix.graph.output)
-    space = Selection(tuple(block >= split for block in range(shape.depth)), (shape.patch_tokens,) * shape.depth, embeddings)
+    space = Selection(
+        tuple(block >= split for block in range(shape.depth)), (shape.patch_tokens,) * shape.depth, embeddings
+    )
     trained = {each for each in dict(model.named_parameters()) if _trains(region_of(each), space)}
     own = {tensor.name: tuple(tensor.dims) for tensor in suffix.graph.initializer}
     training.write_training(suffix, folder / name, sorted(trained & own.keys()))
@@ -246,7 +253,9 @@ def _notes(model: Any) -> list[str]:
     ]
     if not random:
         return []
-    return [f"the graphs drop nothing at random, though the model would: {', '.join(random[:3])} and the like are left out"]
+    return [
+        f"the graphs drop nothing at random, though the model would: {', '.join(random[:3])} and the like are left out"
+    ]
 
 
 def _opset() -> int:
@@ -273,7 +282,10 @@ def _versions() -> dict[str, str]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     """manifest.json with the hash of every file that is there; read back as a device would."""
-    files = {name: FileEntry(bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name)) for name in files_in(folder)}
+    files = {
+        name: FileEntry(bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
+        for name in files_in(folder)
+    }
     complete = msgspec.structs.replace(manifest, files=files)
     write_atomically(folder / MANIFEST_FILE, msgspec.json.format(msgspec.json.encode(complete), indent=1) + b"\n")
     return read_manifest(folder)

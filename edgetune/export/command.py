@@ -55,7 +55,9 @@ def export(
             kept = variants_that_fit(manifest, room_bytes)
             for variant in manifest.variants:
                 if variant not in kept:
-                    note(f"variant {variant.name} is left out: it needs more than the {format_bytes(room_bytes)} there are")
+                    note(
+                        f"variant {variant.name} is left out: it needs more than the {format_bytes(room_bytes)} there are"
+                    )
                     _remove(work, variant.name)
             manifest = msgspec.structs.replace(manifest, variants=kept)
         manifest = write_manifest(work, manifest)

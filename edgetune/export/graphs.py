@@ -124,9 +124,7 @@ def _images(model: VisionTransformer) -> Tensor:
     return torch.rand(2, 3, int(height), int(width))
 
 
-def _exported(
-    cut: Cut, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str]
-) -> onnx.ModelProto:
+def _exported(cut: Cut, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str]) -> onnx.ModelProto:
     if cut.prunes:
         patches = cut.model.patch_embed.num_patches
         inputs, names = (*inputs, torch.full((cut.depth,), patches, dtype=torch.int64)), [*names, "tokens"]

@@ -24,6 +24,8 @@ from edgetune.errors import ArtifactsError
 from edgetune.optim import Optimizer, OptimizerSettings
 
 STEPS, BATCH = 5, 2
+# AdamW's first steps move every weight by the rate: at 1e-3 a fresh model's ranking of tokens flips on rounding alone.
+SGD_RATE, ADAMW_RATE = 1e-2, 1e-4
 LEAST_KEPT = 0.8  # of its patch tokens, what a block passes on at the least in these steps
 SGD_TOLERANCE = LOSS_TOLERANCE = GRADIENT_TOLERANCE = 1e-5
 RULE_TOLERANCE = 1e-6
@@ -102,7 +104,7 @@ def _sgd(folder: Path, manifest: Manifest, model: Any, threads: int) -> Parity:
     for number, variant in enumerate(manifest.variants):
         ort_side.use_variant(variant)
         for _, selection, batch in zip(range(STEPS), selections(manifest, variant, number), data, strict=False):
-            one, other = _step(torch_side, batch, selection, 1e-2), _step(ort_side, batch, selection, 1e-2)
+            one, other = _step(torch_side, batch, selection, SGD_RATE), _step(ort_side, batch, selection, SGD_RATE)
             loss = _worst(loss, one.loss - other.loss)
             if manifest.adaptive is not None:
                 delta = _worst(delta, *np.subtract(one.class_token_deltas, other.class_token_deltas))
@@ -121,7 +123,8 @@ def _adamw(folder: Path, manifest: Manifest, model: Any, threads: int, found: Pa
     for step, selection, batch in zip(range(STEPS), selections(manifest, variant, 99), data, strict=False):
         if step == 0:
             gradient = _gradient_difference(torch_side, ort_side, selection, batch)
-        one, other = _step(torch_side, batch, selection, 1e-3), _step(ort_side, batch, selection, 1e-3)
+        one = _step(torch_side, batch, selection, ADAMW_RATE)
+        other = _step(ort_side, batch, selection, ADAMW_RATE)
         loss = _worst(loss, one.loss - other.loss)
     return msgspec.structs.replace(found, adamw_loss=loss, gradient=gradient)
 

@@ -20,6 +20,7 @@ from edgetune.regions import region_of as region_of
 from edgetune.regions import trains as trains
 from edgetune.vit.recompute import run_recomputed
 
+
 def check_supported(model: nn.Module, name: str) -> VisionTransformer:
     """The model as the type that the loop knows.
 
