@@ -243,9 +243,7 @@ class OrtBackend:
         if variant.name == self.variant.name:
             return
         if self._live is not None:
-            self._changed |= {
-                name: values.copy() for name, values in self._live.values.items() if name in self._live.gradients
-            }
+            self._changed |= {name: values.copy() for name, values in self._live.values.items()}
         self._live = self._prefix = None
         gc.collect()
         self.variant = variant

@@ -75,8 +75,9 @@ def export(
     from edgetune.artifacts.manifest import Schedule
     from edgetune.export.build import ExportRequest
     from edgetune.export.command import export as export_artifacts
+    from edgetune.export.command import model_of_run
 
-    found = _of_run(run) if run is not None else _from_scratch(model or "deit_tiny_patch16_224", classes, data)
+    found = model_of_run(run) if run is not None else _from_scratch(model or "deit_tiny_patch16_224", classes, data)
     request = ExportRequest(
         model=found[0],
         class_count=found[1],
@@ -127,13 +128,6 @@ def _check(
         raise BackendUnavailable(
             f"exporting needs torch, timm and onnx ({error}). Install them with: pip install 'edgetune[export]'"
         ) from error
-
-
-def _of_run(run: Path) -> tuple[str, int, tuple[str, ...]]:
-    from edgetune.store import read_stored
-
-    stored = read_stored(run)
-    return f"local-dir:{run.absolute()}", len(stored.classes), stored.classes
 
 
 def _from_scratch(model: str, classes: int | None, data: Path | None) -> tuple[str, int, tuple[str, ...]]:

@@ -66,8 +66,7 @@ def build(folder: Path, request: ExportRequest) -> tuple[Manifest, Any]:
     """
     import torch
 
-    from edgetune.export.training import write_optimizers
-    from edgetune.vit.models import ModelSource, build_meta, load_model, timm_config
+    from edgetune.vit.models import ModelSource, build_meta, load_model
 
     source = ModelSource(
         name=request.model, weights=request.weights, pretrained=request.pretrained, image_px=request.image_px
@@ -77,6 +76,14 @@ def build(folder: Path, request: ExportRequest) -> tuple[Manifest, Any]:
     if request.model.startswith("local-dir:") and request.pretrained:
         loaded = _with_its_head(loaded, request)
     shape = build_meta(source, request.class_count)[1]
+    return write_artifacts(folder, loaded, shape, request), loaded.model
+
+
+def write_artifacts(folder: Path, loaded: Any, shape: ViTShape, request: ExportRequest) -> Manifest:
+    """Graphs, checkpoints and weights of a `LoadedModel`; the manifest, which is not written yet."""
+    from edgetune.export.training import write_optimizers
+    from edgetune.vit.models import timm_config
+
     model = loaded.model.eval()
     state = {
         name: tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()
@@ -91,7 +98,7 @@ def build(folder: Path, request: ExportRequest) -> tuple[Manifest, Any]:
     if request.embeddings_train:
         ways.insert(0, (0, True))
     variants = tuple(_variant(folder, model, shape, split, embeddings, prunes=prunes) for split, embeddings in ways)
-    manifest = Manifest(
+    return Manifest(
         opset=_opset(),
         ir_version=_ir_version(),
         versions=_versions(),
@@ -113,7 +120,6 @@ def build(folder: Path, request: ExportRequest) -> tuple[Manifest, Any]:
         notes=tuple(_notes(model)),
         files={},
     )
-    return manifest, model
 
 
 def _with_its_head(loaded: Any, request: ExportRequest) -> Any:

@@ -19,6 +19,7 @@ from edgetune.artifacts.reading import read_manifest
 from edgetune.checkpoint.files import TEMP_PREFIX, disk_errors
 from edgetune.errors import EdgetuneError, RunFolderError
 from edgetune.export.build import ERROR_FILE, PARITY_FILE, REQUEST_FILE, ExportRequest, write_manifest
+from edgetune.store import read_stored
 from edgetune.units import format_bytes
 
 Note = Callable[[str], object]
@@ -69,6 +70,12 @@ def export(
         return manifest
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def model_of_run(run: Path) -> tuple[str, int, tuple[str, ...]]:
+    """A run's best model as `--model` names it, how many classes it has, and which. Raises: RunFolderError."""
+    stored = read_stored(run)
+    return f"local-dir:{run.absolute()}", len(stored.classes), stored.classes
 
 
 def _remove(folder: Path, variant: str) -> None:

@@ -132,6 +132,7 @@ def _exported(cut: Cut, inputs: tuple[Tensor, ...], names: list[str], outputs: l
     if "features" in dynamic:
         dynamic["features"] = {0: "batch", 1: "stream"}
     buffer = io.BytesIO()
+    torch.onnx.register_custom_op_symbolic("aten::rms_norm", _rms_norm, OPSET)
     with _exportable(cut.model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -157,6 +158,17 @@ def _exported(cut: Cut, inputs: tuple[Tensor, ...], names: list[str], outputs: l
     _rename(graph)
     graph.ir_version = IR_VERSION
     return graph
+
+
+def _rms_norm(graph: Any, inputs: Any, shape: Any, weight: Any, epsilon: Any) -> Any:
+    """torch's RMS norm over the last dimension, of plain operators: the exporter has none for it."""
+    from torch.onnx.symbolic_helper import _get_const, _is_none
+
+    value = _get_const(epsilon, "f", "eps")
+    small = graph.op("Constant", value_t=torch.tensor(torch.finfo(torch.float32).eps if value is None else value))
+    mean = graph.op("ReduceMean", graph.op("Mul", inputs, inputs), axes_i=[-1], keepdims_i=1)
+    normed = graph.op("Div", inputs, graph.op("Sqrt", graph.op("Add", mean, small)))
+    return normed if _is_none(weight) else graph.op("Mul", normed, weight)
 
 
 def _reason(error: Exception) -> str:

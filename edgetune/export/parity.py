@@ -20,7 +20,7 @@ from edgetune.backends.ort import OrtBackend, load_variant
 from edgetune.backends.ort_runtime import training_api
 from edgetune.backends.pytorch import TorchBackend
 from edgetune.cost import Selection
-from edgetune.errors import ArtifactsError
+from edgetune.errors import ArtifactsError, UnsupportedModel
 from edgetune.optim import Optimizer, OptimizerSettings
 
 STEPS, BATCH = 5, 2
@@ -34,7 +34,7 @@ NOISE_SHARE = 1e-3
 
 
 class Parity(msgspec.Struct, frozen=True, kw_only=True):
-    """The largest differences that were seen. Losses and parameters are absolute, gradients relative."""
+    """The largest differences that were seen. Losses (up to 1) and parameters are absolute, gradients relative."""
 
     sgd_loss: float = 0.0
     sgd_parameter: float = 0.0
@@ -64,9 +64,15 @@ def verify(folder: Path, manifest: Manifest, model: Any, *, threads: int = 1) ->
     Raises: ArtifactsError if anything differs by more than it may.
     """
     torch.set_num_threads(threads)
-    found = _sgd(folder, manifest, model, threads)
-    found = _adamw(folder, manifest, model, threads, found)
-    found = msgspec.structs.replace(found, rule=_rules(folder, manifest, threads))
+    try:
+        found = _sgd(folder, manifest, model, threads)
+        found = _adamw(folder, manifest, model, threads, found)
+        found = msgspec.structs.replace(found, rule=_rules(folder, manifest, threads))
+    except RuntimeError as error:
+        raise UnsupportedModel(
+            f"ONNX Runtime can't run a step of this model: {' '.join(str(error).split())[-300:]}. Train it with torch "
+            "(--backend torch)."
+        ) from error
     failures = found.failures()
     if failures:
         raise ArtifactsError(
@@ -105,7 +111,7 @@ def _sgd(folder: Path, manifest: Manifest, model: Any, threads: int) -> Parity:
         ort_side.use_variant(variant)
         for _, selection, batch in zip(range(STEPS), selections(manifest, variant, number), data, strict=False):
             one, other = _step(torch_side, batch, selection, SGD_RATE), _step(ort_side, batch, selection, SGD_RATE)
-            loss = _worst(loss, one.loss - other.loss)
+            loss = _worst(loss, _apart(one.loss, other.loss))
             if manifest.adaptive is not None:
                 delta = _worst(delta, *np.subtract(one.class_token_deltas, other.class_token_deltas))
         values = ort_side.model_tensors()
@@ -125,7 +131,7 @@ def _adamw(folder: Path, manifest: Manifest, model: Any, threads: int, found: Pa
             gradient = _gradient_difference(torch_side, ort_side, selection, batch)
         one = _step(torch_side, batch, selection, ADAMW_RATE)
         other = _step(ort_side, batch, selection, ADAMW_RATE)
-        loss = _worst(loss, one.loss - other.loss)
+        loss = _worst(loss, _apart(one.loss, other.loss))
     return msgspec.structs.replace(found, adamw_loss=loss, gradient=gradient)
 
 
@@ -212,6 +218,11 @@ def _step(side: TorchBackend | OrtBackend, batch: tuple[Images, Labels], selecti
         seed=0,
         with_deltas=True,
     )
+
+
+def _apart(loss: float, other: float) -> float:
+    """The difference of two losses; of those above 1, relative: float32 has no more digits."""
+    return (loss - other) / max(1.0, abs(loss))
 
 
 def _worst(before: float, *values: float) -> float:

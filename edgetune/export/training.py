@@ -45,13 +45,19 @@ def write_training(graph: onnx.ModelProto, folder: Path, trained: Sequence[str])
         )
     except Exception as error:
         raise UnsupportedModel(
-            f"no gradient graph can be built: {str(error).strip().splitlines()[0][:300]}. Train it with torch "
+            f"no gradient graph can be built: {_what(error)}. Train it with torch "
             "(--backend torch), or try a plain vit_* or deit_* model."
         ) from error
     for name in (TRAINING, EVAL):
         written = onnx.load(str(folder / name))
         written.ir_version = min(written.ir_version, IR_VERSION)
         onnx.save(written, str(folder / name))
+
+
+def _what(error: Exception) -> str:
+    """The runtime's own words at the end of its message, which begins with files and signatures of its source."""
+    line = " ".join(str(error).split())
+    return line.rsplit("> >) ", 1)[-1].rsplit("was false. ", 1)[-1][-300:]
 
 
 def write_optimizers(folder: Path, settings: OptimizerSettings, schedule: Schedule) -> dict[str, OptimizerFiles]:
