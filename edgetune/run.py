@@ -26,6 +26,7 @@ from edgetune.memory import MemoryMeter
 from edgetune.prepare import Setup, build, looks, prepare, settings_of_plan, some, warm_up
 from edgetune.replay import forget
 from edgetune.report import RunReport, read_report
+from edgetune.selections import read_selections
 from edgetune.session import Session, train_and_report
 from edgetune.settings import RunSettings, StoredRun
 from edgetune.splits import decide
@@ -74,6 +75,8 @@ def finetune(
                     replay=stored_plan is not None,
                     run_folder=path,
                 )
+            if settings.replay is not None:
+                _check_replayed(Path(settings.replay), setup)
             guard = stack.enter_context(guarded(settings.enforce, judge, meter))
             with meter.phase("load"), memory_ends("loading the model", guard):
                 built = build(setup, meter, pretrained=settings.pretrained)
@@ -147,6 +150,63 @@ def _check_data(path: Path, stored: StoredRun, setup: Setup) -> None:
             f"{len(setup.data.val.paths)} for validation instead of {stored.train_images} and "
             f"{stored.val_images}, or others of the same number. Put them back, or start a new run: "
             f"--model local-dir:{path} goes on from its weights."
+        )
+
+
+def settings_of_replay(run: Path, own: RunSettings) -> RunSettings:
+    """A run's settings for doing its steps again: all that decides what is computed is the run's, where and from what it
+    is computed is `own`.
+
+    Raises: RunFolderError if the folder is no run's.
+    """
+    stored, plan = read_stored(run), read_plan(run / PLAN_FILE)
+    draws = plan.method not in ("full", "head")
+    return msgspec.structs.replace(
+        stored.settings,
+        model=own.model if own.backend == "ort" else stored.settings.model,
+        backend=own.backend,
+        artifacts=own.artifacts,
+        weights=stored.settings.weights if own.backend == "torch" else None,
+        image_px=stored.settings.image_px if own.backend == "torch" else None,
+        pretrained=stored.settings.pretrained or own.backend == "ort",
+        replay=str(run),
+        data=stored.settings.data if own.data is None else own.data,
+        device=own.device,
+        ram_cap_bytes=own.ram_cap_bytes,
+        enforce=own.enforce,
+        threads=own.threads,
+        prefix_cache=own.prefix_cache,
+        cache_dir=None,
+        method=plan.method,
+        batch_size=plan.batch_size,
+        optimizer=plan.optimizer,
+        split="lowest",
+        split_block=plan.split_block if draws else None,
+        trained_blocks=plan.trained_blocks if plan.draws else None,
+        accumulation=None,
+        token_floor=None,
+        token_ceiling=None,
+        recompute="auto",
+        updates_in_backward=None,
+        half_frozen=False,
+    )
+
+
+def _check_replayed(run: Path, setup: Setup) -> None:
+    """Raises: RunFolderError if the steps of another run can't be done again: other images, other blocks, too few."""
+    stored, selections = read_stored(run), read_selections(run)
+    if images_sha256(setup.data) != stored.images_sha256:
+        raise RunFolderError(f"the images are not those of {run}. Give its own images with --data.")
+    depth, tokens = setup.shape.depth, setup.shape.patch_tokens
+    if any((len(each.trains), each.tokens[0]) != (depth, tokens) for each in selections):
+        raise RunFolderError(
+            f"{run} is of another model than {setup.shape.name}: {depth} blocks, {tokens} patch tokens."
+        )
+    settings = setup.settings
+    wanted = settings.steps or settings.epochs * -(-len(setup.data.train.paths) // setup.plan.batch_size)
+    if len(selections) < wanted:
+        raise RunFolderError(
+            f"{run} did {len(selections)} of its {wanted} steps: finish it with --resume, then replay it."
         )
 
 

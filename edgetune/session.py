@@ -33,6 +33,7 @@ from edgetune.planner import CachedPrefix, Plan, PlanRequest, pinned
 from edgetune.prepare import Setup, cache_folder, step_weights
 from edgetune.replay import forget, reason_of
 from edgetune.report import RunReport, report_to_json
+from edgetune.selections import SelectionLog, read_selections
 from edgetune.settings import StoredRun
 from edgetune.store import (
     METRICS_FILE,
@@ -258,6 +259,8 @@ def _job(session: Session, listener: Listener) -> Job:
         ),
         follow=lambda plan: session.follow(plan, job),
         decode_budget_bytes=setup.decode_budget_bytes,
+        keep_selection=SelectionLog(session.path, session.state.step).append,
+        replayed=None if settings.replay is None else read_selections(Path(settings.replay)),
         ready=setup.plan.prefix is None,
         state=session.state,
     )

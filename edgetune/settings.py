@@ -30,6 +30,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     image_px: int | None = None
     backend: BackendName = "torch"
     artifacts: str | None = None  # the folder that --backend ort trains from
+    replay: str | None = None  # the run whose steps are done again
     data: str | None = None  # None: the bundled sample
     device: str = "auto"
     ram_cap_bytes: int | None = None
@@ -153,6 +154,7 @@ def check(settings: RunSettings) -> None:
         "--device": settings.device,
         "--cache": settings.cache_dir,
         "--artifacts": settings.artifacts,
+        "--replay": settings.replay,
     }
     for flag, text in texts.items():
         if text is not None:

@@ -137,7 +137,8 @@ def make_artifacts(folder: Path, **changes: Any) -> Manifest:
         (folder / files.plain).write_bytes(b"plain")
         (folder / files.scheduled).write_bytes(b"scheduled")
     listed = {
-        name: FileEntry(bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name)) for name in files_in(folder)
+        name: FileEntry(bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
+        for name in files_in(folder)
     }
     manifest = msgspec.structs.replace(manifest, files=listed)
     write(folder, msgspec.structs.replace(manifest, **changes))

@@ -41,6 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "data": {"errors", "system", "units"},
     "checkpoint": {"errors", "units"},
     "features": {"checkpoint", "errors", "units"},
+    "selections": {"checkpoint", "cost", "errors"},
     "report": {"checkpoint", "data", "errors", "units"},
     "settings": {"alast", "data", "enforce", "errors", "methods", "optim", "planner"},
     "regions": {"cost"},
@@ -59,7 +60,7 @@ ARROWS: dict[str, set[str]] = {
     "probes": {"planner"},
     "caching": {"backends", "cost", "data", "features", "job", "planner", "replay", "settings"},
     "heads": {"caching", "data", "job", "planner", "probes", "replay"},
-    "trainer": {"alast", "backends", "caching", "cost", "data", "job", "methods", "planner", "replay", "report"},
+    "trainer": {"alast", "backends", "caching", "cost", "data", "errors", "job", "methods", "planner", "replay", "report"},
     "judge": {"devices", "errors", "memory", "profiles", "runtimes", "system", "units"},
     "guard": {"enforce", "errors", "judge", "memory", "planner", "replay", "units"},
     "store": {

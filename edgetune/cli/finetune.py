@@ -54,6 +54,8 @@ OF_THE_PLAN = {
     "method", "batch_size", "accumulation", "optimizer", "trained_blocks", "split_block", "split", "token_floor", "threads", "split_tokens",
     "token_ceiling", "embeddings", "recompute", "updates_in_backward", "keeps_state", "half_frozen",
 }  # fmt: skip
+# What may be another than it was where a run is replayed.
+OF_THE_HOST = {"backend", "artifacts", "data", "device", "ram_cap_bytes", "enforce", "threads", "prefix_cache"}
 MODEL, DATA, METHOD, TRAIN, MEMORY, OUTPUT = "Model", "Data", "Method", "Training", "Memory", "Run folder and output"
 
 
@@ -395,6 +397,14 @@ def finetune(
     plan: Annotated[
         Path | None, _option("--plan", help="Replay the plan.json of another run instead of planning.", panel=TRAIN)
     ] = None,
+    replay: Annotated[
+        Path | None,
+        _option(
+            "--replay",
+            help="Do the steps of another run again, the same images and the same selections, on either backend.",
+            panel=TRAIN,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         _option(
@@ -504,7 +514,10 @@ def finetune(
                     raise UsageError(f"the plan settles {_flags(settled)}: leave it out, or leave --plan out.")
                 from edgetune import run
 
-                report = run.finetune(_settings(given), output=output, plan_file=plan, listener=terminal)
+                settings = _settings(given)
+                if replay is not None:
+                    settings = _replayed(replay, given, plan, settings)
+                report = run.finetune(settings, output=output, plan_file=plan, listener=terminal)
         except EdgetuneError as error:
             if isinstance(error.report, RunReport):
                 terminal.finished(error.report)
@@ -545,6 +558,15 @@ def _resume(folder: Path, given: dict[str, Any], output: Path | None, plan: Path
     from edgetune import run
 
     return run.resume(folder, data=given.get("data"), listener=terminal)
+
+
+def _replayed(replay: Path, given: dict[str, Any], plan: Path | None, own: RunSettings) -> RunSettings:
+    settled = set(given) - OF_THE_HOST - ({"model"} if own.backend == "ort" else set()) | ({"plan"} if plan else set())
+    if settled:
+        raise UsageError(f"the run that is replayed settles {_flags(settled)}: leave it out.")
+    from edgetune.run import settings_of_replay
+
+    return settings_of_replay(Path(_absolute(str(replay))), own)
 
 
 def _flags(names: set[str]) -> str:

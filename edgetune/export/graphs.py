@@ -132,7 +132,7 @@ def _exported(cut: Cut, inputs: tuple[Tensor, ...], names: list[str], outputs: l
     if "features" in dynamic:
         dynamic["features"] = {0: "batch", 1: "stream"}
     buffer = io.BytesIO()
-    torch.onnx.register_custom_op_symbolic("aten::rms_norm", _rms_norm, OPSET)
+    torch.onnx.register_custom_op_symbolic("aten::rms_norm", _rms_norm, OPSET)  # type: ignore[attr-defined]
     with _exportable(cut.model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -164,7 +164,7 @@ def _rms_norm(graph: Any, inputs: Any, shape: Any, weight: Any, epsilon: Any) ->
     """torch's RMS norm over the last dimension, of plain operators: the exporter has none for it."""
     from torch.onnx.symbolic_helper import _get_const, _is_none
 
-    value = _get_const(epsilon, "f", "eps")
+    value = _get_const(epsilon, "f", "eps")  # type: ignore[no-untyped-call]
     small = graph.op("Constant", value_t=torch.tensor(torch.finfo(torch.float32).eps if value is None else value))
     mean = graph.op("ReduceMean", graph.op("Mul", inputs, inputs), axes_i=[-1], keepdims_i=1)
     normed = graph.op("Div", inputs, graph.op("Sqrt", graph.op("Add", mean, small)))

@@ -60,7 +60,21 @@ def test_the_ladder_is_all_the_upper_8_4_and_2_blocks_and_the_head_as_far_as_the
 
 @pytest.mark.parametrize(
     "path",
-    ["../evil", "a/../../evil", "/etc/passwd", "a//b", "./a", "a/", "", "..", "a\\b", "C:/a", "a\0b", "a/./b", "file://x"],
+    [
+        "../evil",
+        "a/../../evil",
+        "/etc/passwd",
+        "a//b",
+        "./a",
+        "a/",
+        "",
+        "..",
+        "a\\b",
+        "C:/a",
+        "a\0b",
+        "a/./b",
+        "file://x",
+    ],
 )
 def test_a_path_that_is_not_plain_and_inside_is_refused(folder: Path, path: str) -> None:
     assert not is_inside(path)
@@ -134,7 +148,9 @@ def test_a_manifest_that_is_of_another_version_or_contradicts_itself_is_refused(
         read_manifest(folder)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"[" * 5000, b'{"format_version": 1}', b"{" + b'"a":{' * 4000])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"[]", b"[" * 5000, b'{"format_version": 1}', b"{" + b'"a":{' * 4000]
+)
 def test_what_is_no_manifest_is_refused_in_words(folder: Path, content: bytes) -> None:
     (folder / MANIFEST_FILE).write_bytes(content)
     with pytest.raises(ArtifactsError, match="damaged"):

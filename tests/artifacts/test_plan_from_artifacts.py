@@ -91,12 +91,18 @@ def test_more_images_more_tokens_and_more_state_never_take_less(manifest: Manife
     wanted = request(1000)
     made = list(choices(manifest, wanted))
     peaks = {
-        (each.variant.name, each.lossy.token_ceiling, each.micro_batch): max(predicted_phases(manifest, wanted, each).values())
+        (each.variant.name, each.lossy.token_ceiling, each.micro_batch): max(
+            predicted_phases(manifest, wanted, each).values()
+        )
         for each in made
     }
     for (name, tokens, size), peak in peaks.items():
         for (other, fewer, smaller), lower in peaks.items():
-            if name == other and smaller <= size and all(less <= more for less, more in zip(fewer, tokens, strict=True)):
+            if (
+                name == other
+                and smaller <= size
+                and all(less <= more for less, more in zip(fewer, tokens, strict=True))
+            ):
                 assert lower <= peak
 
 

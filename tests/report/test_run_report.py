@@ -75,7 +75,9 @@ def test_the_schema_in_docs_is_what_the_code_says(tmp_path: Path) -> None:
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     tool.main(["--output", str(tmp_path)])
-    assert json.loads((tmp_path / "report.schema.json").read_text()) == SCHEMA == report_schema(), "run tools/make_schema.py"
+    assert json.loads((tmp_path / "report.schema.json").read_text()) == SCHEMA == report_schema(), (
+        "run tools/make_schema.py"
+    )
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
 
 
