@@ -121,8 +121,10 @@ def _added_bytes(judge: Judge, meter: MemoryMeter) -> int:
 
 
 @contextmanager
-def guarded(kind: EnforceKind, judge: Judge, meter: MemoryMeter) -> Iterator[Guard]:
+def guarded(kind: EnforceKind, judge: Judge, meter: MemoryMeter, reserved_bytes: int = 0) -> Iterator[Guard]:
     """Enforce the cap for the length of a with block: what is left of it now is what the process may still grow by.
+
+    `reserved_bytes`: what RLIMIT_DATA counts of the run's runtime although it is never touched.
 
     Simulating, the budget is the device's cap without the device's runtime, on top of this host's runtime.
 
@@ -133,7 +135,7 @@ def guarded(kind: EnforceKind, judge: Judge, meter: MemoryMeter) -> Iterator[Gua
     )
     growth -= _added_bytes(judge, meter)
     if by_rlimit(kind, simulated=judge.simulated):
-        growth -= UNCOUNTED_BYTES
+        growth += reserved_bytes - UNCOUNTED_BYTES
     with ExitStack() as stack:
         limit = stack.enter_context(enforce(kind, growth_bytes=max(1, growth), simulated=judge.simulated))
         yield Guard(judge, meter, limit, stack)

@@ -265,6 +265,11 @@ def build(setup: Setup, meter: MemoryMeter, *, pretrained: bool) -> Built:
     )
 
 
+def reserved_bytes(setup: Setup) -> int:
+    """What a limit on address space must leave to the runtime on top of memory."""
+    return engine_of(setup.settings).reserved_bytes(setup.settings, setup.plan)
+
+
 def step_weights(setup: Setup) -> Any:
     """The weight of each class in the loss, float32 (classes,); None: all weigh the same."""
     if not setup.settings.balanced_class_weights:

@@ -23,7 +23,7 @@ from edgetune.errors import CapExceeded, RunFolderError
 from edgetune.guard import Guard, guarded, memory_ends
 from edgetune.job import Listener
 from edgetune.memory import MemoryMeter
-from edgetune.prepare import Setup, build, looks, prepare, settings_of_plan, some, warm_up
+from edgetune.prepare import Setup, build, looks, prepare, reserved_bytes, settings_of_plan, some, warm_up
 from edgetune.replay import forget
 from edgetune.report import RunReport, read_report
 from edgetune.selections import read_selections
@@ -77,7 +77,7 @@ def finetune(
                 )
             if settings.replay is not None:
                 _check_replayed(Path(settings.replay), setup)
-            guard = stack.enter_context(guarded(settings.enforce, judge, meter))
+            guard = stack.enter_context(guarded(settings.enforce, judge, meter, reserved_bytes(setup)))
             with meter.phase("load"), memory_ends("loading the model", guard):
                 built = build(setup, meter, pretrained=settings.pretrained)
                 backend = built.backend
@@ -118,7 +118,7 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
                 settings, judge, profile, meter, listener, read_plan(path / PLAN_FILE), replay=False, run_folder=path
             )
         _check_data(path, stored, setup)
-        guard = stack.enter_context(guarded(settings.enforce, judge, meter))
+        guard = stack.enter_context(guarded(settings.enforce, judge, meter, reserved_bytes(setup)))
         with meter.phase("load"), memory_ends("loading the run", guard):
             backend = build(setup, meter, pretrained=False).backend
             standing = restore(path, setup.plan, backend)

@@ -52,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
     "engines": {"artifacts", "backends", "cost", "data", "errors", "optim", "planner", "settings", "vit"},
     "export": {
         "alast", "artifacts", "backends", "checkpoint", "cost", "data", "errors", "memory", "methods", "optim", "planner",
-        "regions", "store", "units", "vit",
+        "regions", "store", "system", "units", "vit",
     },
     # A run.
     "job": {"alast", "backends", "cost", "data", "errors", "methods", "planner", "report", "settings"},

@@ -69,6 +69,7 @@ class Measured(_Value, frozen=True, kw_only=True):
     prefix: Annotated[tuple[MeasuredPeak, ...], _is("images through the frozen prefix, nothing else in memory")] = ()
     train: Annotated[tuple[MeasuredPeak, ...], _is("a training step of the suffix, optimizer state apart")] = ()
     evaluate: Annotated[tuple[MeasuredPeak, ...], _is("the eval graph of the suffix, the training graph loaded")] = ()
+    reserved_bytes: Annotated[Count, _is("address space that the runtime's arena takes and never touches")] = 0
 
 
 class Variant(_Value, frozen=True, kw_only=True):

@@ -48,6 +48,9 @@ class Engine(Protocol):
     def plan(self, settings: RunSettings, request: PlanRequest, smaller: Iterable[ViTShape] = ()) -> Plan:
         """The best plan under the request's cap. Raises: DoesNotFit."""
 
+    def reserved_bytes(self, settings: RunSettings, plan: Plan) -> int:
+        """Address space that the runtime will take and never touch: RLIMIT_DATA counts it, memory does not."""
+
     def build(
         self,
         settings: RunSettings,

@@ -70,6 +70,12 @@ def plan(settings: RunSettings, request: PlanRequest, smaller: Iterable[ViTShape
     return planning.plan(manifest_of(settings)[1], request)
 
 
+def reserved_bytes(settings: RunSettings, plan: Plan) -> int:
+    manifest = manifest_of(settings)[1]
+    measured = variant_at(manifest, plan.split_block, embeddings_train=plan.embeddings_train).measured
+    return 0 if measured is None else measured.reserved_bytes
+
+
 def build(
     settings: RunSettings,
     plan: Plan,

@@ -54,6 +54,10 @@ def plan(settings: RunSettings, request: PlanRequest, smaller: Iterable[ViTShape
     return make_plan(request, smaller_models=smaller)
 
 
+def reserved_bytes(settings: RunSettings, plan: Plan) -> int:
+    return 0
+
+
 def build(
     settings: RunSettings,
     plan: Plan,

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from edgetune import system
 from edgetune.artifacts.manifest import Manifest, Measured, MeasuredPeak, Variant
 from edgetune.artifacts.reading import read_manifest
 from edgetune.backends.ort import OrtBackend
@@ -33,8 +34,10 @@ def measure(folder: Path, manifest: Manifest, variant: Variant) -> Measured:
     backend = OrtBackend(folder, manifest, variant, OptimizerSettings(name="sgd"))
     all_tokens = (shape.patch_tokens,) * shape.depth
     found: dict[str, list[MeasuredPeak]] = {"prefix": [], "evaluate": [], "train": []}
+    reserved = 0
     with MemoryMeter() as meter:
         base = meter.mark_runtime().total_bytes
+        data = _data_bytes()
 
         def note(kind: str, batch: int, share: float, work: Callable[[], object]) -> None:
             name = f"{kind} {batch} {share}"
@@ -71,7 +74,13 @@ def measure(folder: Path, manifest: Manifest, variant: Variant) -> Measured:
                 cached_blocks=cached,
             )
             note("train", batch, share, step)
-    return Measured(**{kind: tuple(points) for kind, points in found.items()})
+            reserved = max(reserved, _data_bytes() - data - (meter.current().total_bytes - base))
+    return Measured(**{kind: tuple(points) for kind, points in found.items()}, reserved_bytes=reserved)
+
+
+def _data_bytes() -> int:
+    """This process's data segment, which RLIMIT_DATA counts whether or not it was touched."""
+    return system.process_status().get("VmData", 0)
 
 
 def tokens_at(manifest: Manifest, variant: Variant, share: float) -> tuple[int, ...]:
