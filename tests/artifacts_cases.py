@@ -82,7 +82,7 @@ def make_variant(split: int, megabytes: int) -> Variant:
         eval_graph=f"{name}/eval_model.onnx",
         checkpoint=f"{name}/checkpoint",
         inputs=(first if split else images, Input(name="targets", dtype="float32", shape=("batch", CLASSES))),
-        outputs=("loss", "logits"),
+        outputs=("loss", "logits", "head_inputs"),
         parameters=tuple(
             ParameterEntry(name=key, shape=shape, trained=key != "pos_embed") for key, shape in own.items()
         ),

@@ -85,7 +85,9 @@ class Variant(_Value, frozen=True, kw_only=True):
     eval_graph: str
     checkpoint: str
     inputs: Annotated[tuple[Input, ...], _is("of the training and the eval graph")]
-    outputs: Annotated[tuple[str, ...], _is("loss, logits and, where blocks run, deltas of the class token")]
+    outputs: Annotated[
+        tuple[str, ...], _is("loss, logits, head_inputs and, where blocks run, deltas of the class token")
+    ]
     parameters: Annotated[tuple[ParameterEntry, ...], _is("in the order of the graph's inputs")]
     predicted_train_bytes: Annotated[Count, _is("of a training step by torch's memory model, batch 8")]
     measured: Measured | None = None
@@ -131,6 +133,9 @@ class Manifest(_Value, frozen=True, kw_only=True):
     preprocess: Preprocess
     classes: Annotated[tuple[str, ...], _is("one a logit; empty: not named yet")]
     config: Annotated[dict[str, Any], _is("config.json of a run folder, which timm loads")]
+    classifier: Annotated[
+        str | None, _is("the one linear layer that makes the logits of `head_inputs`, if one does")
+    ] = None
     weights: Annotated[str, _is("safetensors: every tensor of the model as it is before training")]
     variants: tuple[Variant, ...]
     optimizers: dict[str, OptimizerFiles]

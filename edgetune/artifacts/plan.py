@@ -17,7 +17,7 @@ from edgetune.cost import FLOAT_BYTES, Recompute, Selection, StepSetup
 from edgetune.errors import ArtifactsError, DoesNotFit, UsageError
 from edgetune.planner import CachedPrefix, Plan, PlanRequest, ceilings, format_cap, process_bytes
 from edgetune.planner.choices import check, micro_batches
-from edgetune.planner.phases import READ_BYTES, WRITE_BYTES
+from edgetune.planner.phases import READ_BYTES, WRITE_BYTES, fit_bytes, kept_free_bytes
 from edgetune.planner.prefix import cached_prefix
 from edgetune.planner.tokens import ceiling_ratios, floor_of
 from edgetune.planner.values import MAX_EVALUATION_BATCH, PREFETCHED_BATCHES, Lossy, accumulation_of
@@ -110,7 +110,10 @@ def predicted_phases(manifest: Manifest, request: PlanRequest, choice: Choice) -
     }
     if _caches(request, choice):
         live["cache"] = _caching_bytes(request, choice, _cache_batch(request, choice, training))
-    return {phase: process_bytes(request.runtime_bytes, size) for phase, size in live.items()}
+    if request.fits_head:
+        live["head"] = _fitting_bytes(request, choice, _evaluation_batch(request, choice, training))
+    kept_free = kept_free_bytes(request, choice.lossy)
+    return {phase: process_bytes(request.runtime_bytes, size, kept_free) for phase, size in live.items()}
 
 
 def _training_bytes(request: PlanRequest, choice: Choice) -> int:
@@ -139,6 +142,13 @@ def _evaluation_bytes(request: PlanRequest, choice: Choice, size: int) -> int:
     return measured + state + FLOAT_BYTES * gradients + _beside(request, choice, size)
 
 
+def _fitting_bytes(request: PlanRequest, choice: Choice, size: int) -> int:
+    """While the classifier is fitted: an evaluation beside the fit's sums; 0 where it is not."""
+    if not request.fits_head:
+        return 0
+    return _evaluation_bytes(request, choice, size) + fit_bytes(request.shape.width, request.shape.classes, size)
+
+
 def _caching_bytes(request: PlanRequest, choice: Choice, size: int) -> int:
     shape = request.shape
     out = 2 * size * shape.all_tokens * shape.width * FLOAT_BYTES
@@ -162,7 +172,7 @@ def _caches(request: PlanRequest, choice: Choice) -> bool:
 
 def _evaluation_batch(request: PlanRequest, choice: Choice, training: int) -> int:
     size = MAX_EVALUATION_BATCH
-    while size > 1 and _evaluation_bytes(request, choice, size) > training:
+    while size > 1 and max(_evaluation_bytes(request, choice, size), _fitting_bytes(request, choice, size)) > training:
         size //= 2
     return size
 
@@ -274,6 +284,7 @@ def _finish(
         overlaps=request.overlaps,
         memory_binds=refused is not None,
         threads=request.threads,
+        kept_free_bytes=kept_free_bytes(request, lossy),
         cap_bytes=request.cap_bytes,
         runtime_bytes=request.runtime_bytes,
         predicted=step,

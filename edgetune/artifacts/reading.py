@@ -158,7 +158,7 @@ def _wrong_in(variant: Variant, depth: int) -> Iterator[str]:
     first = "images" if variant.split_block == 0 else "features"
     if [each.name for each in variant.inputs][:2] != [first, "targets"]:
         yield f"variant {variant.name} takes other inputs than {first} and targets"
-    if variant.outputs[:2] != ("loss", "logits"):
+    if variant.outputs[:3] != ("loss", "logits", "head_inputs"):
         yield f"variant {variant.name} gives no loss and logits"
     parameters = [each.name for each in variant.parameters]
     if len(set(parameters)) != len(parameters) or not any(each.trained for each in variant.parameters):

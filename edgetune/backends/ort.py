@@ -98,7 +98,9 @@ class OrtBackend:
         for inputs, labels in micro_batches:
             stream, below = self._stream(inputs, selection.tokens, cached_blocks)
             targets = self._targets(labels, weight_sum)
-            loss, logits, above = self._run(live, stream, targets, selection.tokens)
+            found = self._run(live, stream, targets, selection.tokens)
+            loss, logits = float(found["loss"]), found["logits"]
+            above = found.get("deltas", np.zeros(0, np.float32))
             if not math.isfinite(loss):
                 finite = False
                 break
@@ -152,8 +154,8 @@ class OrtBackend:
         targets /= np.float32(weight_sum)
         return targets
 
-    def _run(self, live: _Live, stream: Array, targets: Floats, tokens: Sequence[int]) -> tuple[float, Floats, Floats]:
-        """(loss, logits (B, classes), deltas of the blocks above the split)"""
+    def _run(self, live: _Live, stream: Array, targets: Floats, tokens: Sequence[int]) -> dict[str, Floats]:
+        """The graph's outputs by name: loss, logits (B, classes), head_inputs (B, D), deltas of the blocks above the split."""
         depth = self.manifest.shape.depth
         feeds = {
             live.variant.inputs[0].name: np.ascontiguousarray(stream, np.float32),
@@ -163,8 +165,7 @@ class OrtBackend:
         if len(tokens) != depth:
             raise ValueError(f"{len(tokens)} token counts for {depth} blocks")
         found = live.module(*(feeds[each.name] for each in live.variant.inputs))
-        above = found[2] if len(found) > 2 else np.zeros(0, np.float32)
-        return float(found[0]), found[1], above
+        return dict(zip(live.variant.outputs, found, strict=True))
 
     def _stream(self, inputs: Array, tokens: Sequence[int], cached_blocks: int) -> tuple[Array, Floats]:
         """What enters the suffix, and the deltas of the blocks below it (none where they are cached)."""
@@ -177,12 +178,26 @@ class OrtBackend:
         return self._through_prefix(inputs, tokens)
 
     def evaluate(self, inputs: Images, cached_blocks: int = 0, patch_tokens: tuple[int, ...] | None = None) -> Array:
-        shape = self.manifest.shape
-        tokens = patch_tokens or (shape.patch_tokens,) * shape.depth
+        tokens = patch_tokens or (self.manifest.shape.patch_tokens,) * self.manifest.shape.depth
+        return self._evaluated(inputs, cached_blocks, tokens)["logits"]
+
+    def _evaluated(self, inputs: Images, cached_blocks: int, tokens: tuple[int, ...]) -> dict[str, Floats]:
         stream, _ = self._stream(inputs, tokens, cached_blocks)
         live = self._loaded()
         live.module.eval()
-        return self._run(live, stream, np.zeros((len(inputs), shape.classes), np.float32), tokens)[1]
+        return self._run(live, stream, np.zeros((len(inputs), self.manifest.shape.classes), np.float32), tokens)
+
+    @property
+    def has_linear_head(self) -> bool:
+        return self.manifest.classifier is not None
+
+    def head_inputs(self, inputs: Images, cached_blocks: int, patch_tokens: tuple[int, ...]) -> Array:
+        return self._evaluated(inputs, cached_blocks, patch_tokens)["head_inputs"]
+
+    def set_head(self, weight: Array, bias: Array) -> None:
+        values = self._loaded().values
+        np.copyto(values[f"{self.manifest.classifier}.weight"], weight)
+        np.copyto(values[f"{self.manifest.classifier}.bias"], bias)
 
     # ----------------------------------------------------------------------------------------------------- the prefix
 

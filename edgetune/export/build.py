@@ -111,6 +111,7 @@ def write_artifacts(folder: Path, loaded: Any, shape: ViTShape, request: ExportR
         config=timm_config(
             loaded, request.classes or tuple(f"class {number}" for number in range(request.class_count))
         ),
+        classifier=_classifier(model),
         weights=WEIGHTS_FILE,
         variants=variants,
         optimizers=optimizers,
@@ -247,6 +248,17 @@ def _adaptive(shape: ViTShape, variants: tuple[Variant, ...], settings: AlastSet
         token_multiple=TOKEN_MULTIPLE,
         trained_blocks={name: max(1, round(DRAWN_SHARE * count)) if count else 0 for name, count in above.items()},
     )
+
+
+def _classifier(model: Any) -> str | None:
+    """The name of the classifier, where it is one linear layer."""
+    from torch import nn
+
+    head = model.get_classifier()
+    if not isinstance(head, nn.Linear) or head.bias is None:
+        return None
+    name: str = next(name for name, module in model.named_modules() if module is head)
+    return name
 
 
 def _notes(model: Any) -> list[str]:

@@ -35,7 +35,8 @@ class Cut(nn.Module):
     else (B, P + N, D); tokens (depth,) int64: patch tokens that enter each block (the counts of the cut's own blocks are
     read, and of the block behind it); targets (B, classes).
 
-    Returns, in this order: the loss, the logits (B, classes), the class-token deltas (end - first,); of a prefix, its
+    Returns, in this order: the loss, the logits (B, classes), what the classifier is given (B, D), the class-token deltas
+    (end - first,); of a prefix, its
     tokens (B, P + k, D) and the deltas.
     """
 
@@ -90,11 +91,12 @@ class Suffix(Cut):
     def forward(self, inputs: Tensor, targets: Tensor, tokens: Tensor | None = None) -> tuple[Tensor, ...]:
         model: Any = self.model
         stream, deltas = self.run(inputs, tokens)
-        logits = model.forward_head(model.norm(stream))
+        normed = model.norm(stream)
+        logits, given = model.forward_head(normed), model.forward_head(normed, pre_logits=True)
         loss = -(targets * torch.nn.functional.log_softmax(logits, dim=-1)).sum()
         if not self.prunes:
-            return loss, logits
-        return loss, logits, torch.stack(deltas) if deltas else torch.zeros(0)
+            return loss, logits, given
+        return loss, logits, given, torch.stack(deltas)
 
 
 def prefix_graph(model: VisionTransformer, blocks: int, *, prunes: bool) -> onnx.ModelProto:
@@ -115,7 +117,7 @@ def suffix_graph(model: VisionTransformer, first: int, *, prunes: bool) -> onnx.
         with torch.no_grad():
             inputs = embed(model, inputs)
     targets = torch.full((2, model.num_classes), 0.5 / model.num_classes)
-    outputs = ["loss", "logits", *(["deltas"] if cut.prunes else [])]
+    outputs = ["loss", "logits", "head_inputs", *(["deltas"] if cut.prunes else [])]
     return _exported(cut, (inputs, targets), ["images" if first == 0 else "features", "targets"], outputs)
 
 
