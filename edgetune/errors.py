@@ -9,6 +9,7 @@ EdgetuneError            exit code 1: what was named can't be used
 ├── WeightsError         1: weights are missing, damaged or do not belong to the model
 ├── UnsupportedModel     1: the model exists, but this method (or edgetune) can't train it
 ├── BackendUnavailable   1: an optional package is not installed
+├── ArtifactsError       1: training artifacts are damaged, of another version, or not those of this run
 ├── RunFolderError       1: a run folder can't be written, read or resumed
 ├── FeaturesDamaged      1: cached features can't be read back
 ├── FeaturesOverflow     1: a feature is too large for float16 (a run goes on in float32)
@@ -57,6 +58,10 @@ class UnsupportedModel(EdgetuneError):
 
 
 class BackendUnavailable(EdgetuneError):
+    pass
+
+
+class ArtifactsError(EdgetuneError):
     pass
 
 

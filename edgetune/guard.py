@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -60,7 +60,7 @@ class Guard:
         """A sentence if the machine has less memory left than a step under this plan may take."""
         return short_of_memory(self.needed_bytes(plan))
 
-    def tighter(self, request: PlanRequest, current: Plan) -> Plan:
+    def tighter(self, request: PlanRequest, current: Plan, make_plan: Callable[[PlanRequest], Plan] = plan) -> Plan:
         """The plan after this one, for a run whose memory ran out all the same; the cap it answers to stays.
 
         It adds TIGHTENED_SHARE of what this one does and no more than can be had now (of a limit that somebody else set,
@@ -84,11 +84,11 @@ class Guard:
             threads=current.threads,
         )
         try:
-            found = plan(request)
+            found = make_plan(request)
         except DoesNotFit as error:
             if error.smallest_cap_bytes > current.cap_bytes:
                 raise
-            found = plan(msgspec.structs.replace(request, cap_bytes=error.smallest_cap_bytes))
+            found = make_plan(msgspec.structs.replace(request, cap_bytes=error.smallest_cap_bytes))
             if all(getattr(found, name) == getattr(current, name) for name in CHOICES):
                 raise
         past = {phase: size for phase, size in phases.items() if phase in PAST}
@@ -122,8 +122,10 @@ def _added_bytes(judge: Judge, meter: MemoryMeter) -> int:
 
 
 @contextmanager
-def guarded(kind: EnforceKind, judge: Judge, meter: MemoryMeter) -> Iterator[Guard]:
+def guarded(kind: EnforceKind, judge: Judge, meter: MemoryMeter, reserved_bytes: int = 0) -> Iterator[Guard]:
     """Enforce the cap for the length of a with block: what is left of it now is what the process may still grow by.
+
+    `reserved_bytes`: what RLIMIT_DATA counts of the run's runtime although it is never touched.
 
     Simulating, the budget is the device's cap without the device's runtime, on top of this host's runtime.
 
@@ -134,7 +136,7 @@ def guarded(kind: EnforceKind, judge: Judge, meter: MemoryMeter) -> Iterator[Gua
     )
     growth -= _added_bytes(judge, meter)
     if by_rlimit(kind, simulated=judge.simulated):
-        growth -= UNCOUNTED_BYTES
+        growth += reserved_bytes - UNCOUNTED_BYTES
     with ExitStack() as stack:
         limit = stack.enter_context(enforce(kind, growth_bytes=max(1, growth), simulated=judge.simulated))
         yield Guard(judge, meter, limit, stack)

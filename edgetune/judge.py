@@ -11,14 +11,17 @@ import platform
 import msgspec
 
 from edgetune import devices, runtimes, system
+from edgetune.errors import BackendUnavailable
 from edgetune.memory import MemoryMeter, MemoryPeaks
-from edgetune.profiles import DeviceProfile
+from edgetune.profiles import DeviceProfile, Runtime
 from edgetune.units import MIB, format_bytes
 
 # A measured runtime differs by a part of a MiB from run to run; a plan must not.
 RUNTIME_ROUNDING_BYTES = 2 * MIB
 # For `edgetune plan` where a profile states none: torch 2.9's CPU build 214 MiB and timm 102, measured on an Arm board.
 ASSUMED_RUNTIME_BYTES = 316 * MIB
+# The same for ONNX Runtime's training API without torch: the upper of the figures measured on x86.
+ASSUMED_ORT_BYTES = 56 * MIB
 # The kernel and firmware keep part of the RAM, so a board's MemTotal is below its label.
 SAME_RAM_TOLERANCE = 0.15
 
@@ -55,32 +58,44 @@ def threads_for(profile: DeviceProfile) -> int:
     return min(profile.cores or 2**10, system.usable_cores())
 
 
-def default_cap_bytes(profile: DeviceProfile) -> int:
+def stated_runtime(profile: DeviceProfile, backend: str) -> Runtime | None:
+    """What a profile says that a backend's runtime takes ("torch" or "ort"); None if it says nothing."""
+    found: Runtime | None = getattr(profile.runtime, backend)
+    return found
+
+
+def default_cap_bytes(profile: DeviceProfile, backend: str = "torch") -> int:
     """The cap without `--ram-cap`: what is usable, and on a device that bounds anonymous memory apart, what that leaves."""
     here = is_this_machine(profile)
     cap = devices.default_cap_bytes(profile, here)
-    stated, anonymous = profile.runtime.torch, profile.usable_anonymous_bytes
+    stated, anonymous = stated_runtime(profile, backend), profile.usable_anonymous_bytes
     if here or anonymous is None or stated is None or stated.anonymous_bytes is None:
         return cap
     # What training adds is nearly all anonymous, so the tighter of the two bounds holds for it.
     return min(cap, anonymous - stated.anonymous_bytes + stated.bytes)
 
 
-def judge_for(profile: DeviceProfile, ram_cap_bytes: int | None, meter: MemoryMeter) -> Judge:
+def judge_for(profile: DeviceProfile, ram_cap_bytes: int | None, meter: MemoryMeter, backend: str = "torch") -> Judge:
     """Mark the runtime (call it after the warm-up) and settle the cap."""
     here = is_this_machine(profile)
     notes: list[str] = []
     measured = meter.mark_runtime().total_bytes
     rounded = -(-measured // RUNTIME_ROUNDING_BYTES) * RUNTIME_ROUNDING_BYTES
     if here:  # where a device is simulated, the warm-up runs out of memory too, for which code is paged in
-        runtimes.remember(runtimes.versions(), rounded)
-    cap = ram_cap_bytes or default_cap_bytes(profile)
+        runtimes.remember(runtimes.versions(backend), rounded)
+    cap = ram_cap_bytes or default_cap_bytes(profile, backend)
     runtime = rounded
     if not here:
-        stated = profile.runtime.torch
+        stated = stated_runtime(profile, backend)
+        if stated is None and backend == "ort":
+            raise BackendUnavailable(
+                f"{profile.id} states no runtime for ONNX Runtime ([runtime.ort] in its profile), so nothing can be said of "
+                "its memory there. Train for it with torch (--backend torch), or name a phone's profile: "
+                "edgetune devices list."
+            )
         if stated is None:
             notes.append(
-                f"{profile.id} states no runtime for torch: this machine's {format_bytes(rounded)} is used in its place"
+                f"{profile.id} states no runtime for {backend}: this machine's {format_bytes(rounded)} is used in its place"
             )
         else:
             runtime = stated.bytes

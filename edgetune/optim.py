@@ -141,7 +141,7 @@ class Optimizer:
         floats = 0
         device = None
         for name, parameter in named_parameters:
-            if str(parameter.dtype) != "torch.float32" or device not in (None, parameter.device):
+            if not str(parameter.dtype).endswith("float32") or device not in (None, parameter.device):
                 raise UnsupportedModel(
                     f"Parameters in training must be float32 on one device; {name} is {parameter.dtype} on "
                     f"{parameter.device}. Try model.float() and model.to(device) first."

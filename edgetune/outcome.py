@@ -17,7 +17,7 @@ from edgetune.planner import Plan
 from edgetune.report import RunReport, verdict_line
 from edgetune.settings import RunSettings
 
-PACKAGES = ("edgetune", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")
+PACKAGES = ("edgetune", "torch", "torchvision", "timm", "onnxruntime-training-cpu", "numpy", "pillow", "safetensors")
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from edgetune import system
-from edgetune.backends.base import Backend
-from edgetune.cost import FLOAT_BYTES, ViTShape
+from edgetune.cost import ViTShape
 from edgetune.data import DataFolder, Preprocess, bundled_sample, class_weights, open_folder
 from edgetune.enforce import by_rlimit, rehearse
-from edgetune.errors import BackendUnavailable, DoesNotFit, UsageError
+from edgetune.engines import Built, engine_of
+from edgetune.errors import DoesNotFit, UsageError
 from edgetune.job import Listener
 from edgetune.judge import Judge, is_this_machine, judge_for, threads_for
 from edgetune.memory import MemoryMeter, limit_allocator
 from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
-from edgetune.optim import OptimizerSettings
 from edgetune.planner import CacheRequest, Plan, PlanRequest, replayed, views_that_fit
-from edgetune.planner import plan as make_plan
 from edgetune.profiles import DeviceProfile
 from edgetune.settings import RunSettings
 from edgetune.shapes import known_shapes
 from edgetune.units import MIB
-
-if TYPE_CHECKING:
-    from edgetune.vit.models import LoadedModel, ModelSource
 
 # Of what is left for training, the share that decoding one image may take at the most.
 DECODE_SHARE = 1 / 3
@@ -71,10 +67,8 @@ def prepare(
 
     `stored_plan` is the run's own where it is resumed; with `replay` it is another run's.
     """
-    from edgetune.vit.models import describe, load_copies
-
-    source = model_source(settings, pretrained=False)
-    _, preprocess = describe(source, classes=2)
+    engine = engine_of(settings)
+    _, preprocess = engine.describe(settings, 2)
     left = judge.cap_bytes - judge.device_runtime_bytes
     if stored_plan is not None:
         # What this machine has left today must not change at which scale a photograph is decoded.
@@ -91,7 +85,8 @@ def prepare(
             progress=lambda done, total: listener.progress("check images", done, total),
             preprocess=preprocess,
         )
-    shape, _ = describe(source, classes=len(data.classes))
+    data = engine.fitted(settings, data)
+    shape, _ = engine.describe(settings, len(data.classes))
     notes = [*judge.notes, *data.notes]
     listener.note(
         f"{len(data.train.paths)} training and {len(data.val.paths)} validation images, "
@@ -121,7 +116,7 @@ def prepare(
         keeps_state=settings.keeps_state,
         half_frozen=settings.half_frozen,
         decode_bytes=data.decode_peak_bytes,
-        load_copies=load_copies(model_source(settings, pretrained=settings.pretrained), shape.parameters * FLOAT_BYTES),
+        load_copies=engine.load_copies(settings, shape),
         threads=threads_of(settings, profile),
         peak_flops_per_s=profile.peak_flops_per_s,
         memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
@@ -132,7 +127,7 @@ def prepare(
     settings, request = with_cache(settings, request, data, disk_room)
     plan = stored_plan
     if plan is None:
-        request, plan = planned(request, len(data.classes))
+        request, plan = planned(settings, request, len(data.classes))
     elif len(plan.token_ceiling) != shape.depth or plan.token_ceiling[0] != shape.patch_tokens:
         raise UsageError(
             f"the plan is for {plan.model} ({len(plan.token_ceiling)} blocks, {plan.token_ceiling[0]} patch tokens), "
@@ -161,11 +156,11 @@ def prepare(
     )
 
 
-def planned(request: PlanRequest, classes: int) -> tuple[PlanRequest, Plan]:
+def planned(settings: RunSettings, request: PlanRequest, classes: int) -> tuple[PlanRequest, Plan]:
     """The plan, and the request with how images are loaded: between steps where decoding them beside a step would bind."""
-    smaller = known_shapes(classes)
+    smaller, make_plan = known_shapes(classes), partial(engine_of(settings).plan, settings)
     if request.decode_bytes <= OVERLAPPED_DECODE_BYTES:
-        return request, make_plan(request, smaller_models=smaller)
+        return request, make_plan(request, smaller)
     try:
         plan = make_plan(request)
         if not plan.memory_binds:
@@ -173,7 +168,7 @@ def planned(request: PlanRequest, classes: int) -> tuple[PlanRequest, Plan]:
     except DoesNotFit:
         pass
     request = msgspec.structs.replace(request, overlaps=False)
-    return request, make_plan(request, smaller_models=smaller)
+    return request, make_plan(request, smaller)
 
 
 def tell_plan(plan: Plan, listener: Listener) -> None:
@@ -250,55 +245,29 @@ def warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) -
     # Threads that spin while they wait starve whatever else runs, on few cores themselves. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     meter.enter("runtime")
-    try:
-        import torch
-
-        from edgetune.backends import pytorch
-    except ImportError as error:
-        raise BackendUnavailable(
-            f"fine-tuning needs torch, torchvision and timm ({error}). Install them with: pip install 'edgetune[torch]'"
-        ) from error
-    torch.set_num_threads(threads_of(settings, profile))
-    pytorch.without_onednn()
-    pytorch.warm_up(OptimizerSettings(name=settings.optimizer))
+    engine_of(settings).warm_up(settings, threads_of(settings, profile))
     if by_rlimit(settings.enforce, simulated=not is_this_machine(profile)):
         rehearse()
-    judge = judge_for(profile, settings.ram_cap_bytes, meter)
+    judge = judge_for(profile, settings.ram_cap_bytes, meter, settings.backend)
     meter.enter("")
     return judge
 
 
-def build(setup: Setup, meter: MemoryMeter, *, pretrained: bool) -> tuple[LoadedModel, Backend]:
-    import torch
-
-    from edgetune.backends.pytorch import TorchBackend
-    from edgetune.vit.models import load_model
-
-    settings, plan = setup.settings, setup.plan
-    torch.set_num_threads(plan.threads)
-    torch.manual_seed(settings.seed)  # the new head's weights
-    loaded = load_model(model_source(settings, pretrained=pretrained), len(setup.data.classes))
-    backend = TorchBackend(
-        loaded.model,
-        OptimizerSettings(name=plan.optimizer, weight_decay=settings.weight_decay),
+def build(setup: Setup, meter: MemoryMeter, *, pretrained: bool) -> Built:
+    """The model in its backend, as the plan runs it."""
+    return engine_of(setup.settings).build(
+        setup.settings,
+        setup.plan,
+        setup.data.classes,
+        pretrained=pretrained,
         class_weights=step_weights(setup),
-        label_smoothing=settings.label_smoothing,
         at_peak=meter.current,
     )
-    if plan.half_frozen:
-        backend.store_half(plan.split_block)
-    return loaded, backend
 
 
-def model_source(settings: RunSettings, *, pretrained: bool) -> ModelSource:
-    from edgetune.vit.models import ModelSource
-
-    return ModelSource(
-        name=settings.model,
-        weights=settings.weights if pretrained else None,
-        pretrained=pretrained,
-        image_px=settings.image_px,
-    )
+def reserved_bytes(setup: Setup) -> int:
+    """What a limit on address space must leave to the runtime on top of memory."""
+    return engine_of(setup.settings).reserved_bytes(setup.settings, setup.plan)
 
 
 def step_weights(setup: Setup) -> Any:

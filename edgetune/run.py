@@ -11,7 +11,6 @@ import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,13 +18,15 @@ from edgetune import devices, system
 from edgetune import settings as settings_module
 from edgetune.backends.base import Backend
 from edgetune.checkpoint import create_run_folder, open_run_folder
+from edgetune.engines import Built
 from edgetune.errors import CapExceeded, RunFolderError
 from edgetune.guard import Guard, guarded, memory_ends
 from edgetune.job import Listener
 from edgetune.memory import MemoryMeter
-from edgetune.prepare import Setup, build, looks, prepare, settings_of_plan, some, warm_up
+from edgetune.prepare import Setup, build, looks, prepare, reserved_bytes, settings_of_plan, some, warm_up
 from edgetune.replay import forget
 from edgetune.report import RunReport, read_report
+from edgetune.selections import read_selections
 from edgetune.session import Session, train_and_report
 from edgetune.settings import RunSettings, StoredRun
 from edgetune.splits import decide
@@ -40,9 +41,6 @@ from edgetune.store import (
     trainable_space,
     write_start,
 )
-
-if TYPE_CHECKING:
-    from edgetune.vit.models import LoadedModel
 
 
 def finetune(
@@ -77,14 +75,17 @@ def finetune(
                     replay=stored_plan is not None,
                     run_folder=path,
                 )
-            guard = stack.enter_context(guarded(settings.enforce, judge, meter))
+            if settings.replay is not None:
+                _check_replayed(Path(settings.replay), setup)
+            guard = stack.enter_context(guarded(settings.enforce, judge, meter, reserved_bytes(setup)))
             with meter.phase("load"), memory_ends("loading the model", guard):
-                loaded, backend = build(setup, meter, pretrained=settings.pretrained)
+                built = build(setup, meter, pretrained=settings.pretrained)
+                backend = built.backend
             if looks(setup.settings, setup.request, len(setup.data.train.paths), replay=stored_plan is not None):
                 with meter.phase("look"), memory_ends("looking for the split", guard):
                     setup = decide(setup, backend, listener)
             with meter.phase("load"), memory_ends("writing the run folder", guard):
-                stored, standing = _write_start(setup, path, loaded, backend)
+                stored, standing = _write_start(setup, path, built)
             if setup.plan.prefix is None:
                 _reserve(backend, setup, guard)
         except BaseException as error:
@@ -117,9 +118,9 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
                 settings, judge, profile, meter, listener, read_plan(path / PLAN_FILE), replay=False, run_folder=path
             )
         _check_data(path, stored, setup)
-        guard = stack.enter_context(guarded(settings.enforce, judge, meter))
+        guard = stack.enter_context(guarded(settings.enforce, judge, meter, reserved_bytes(setup)))
         with meter.phase("load"), memory_ends("loading the run", guard):
-            backend = build(setup, meter, pretrained=False)[1]
+            backend = build(setup, meter, pretrained=False).backend
             standing = restore(path, setup.plan, backend)
             if setup.plan.prefix is None:
                 standing.restore_optimizer()
@@ -152,10 +153,65 @@ def _check_data(path: Path, stored: StoredRun, setup: Setup) -> None:
         )
 
 
-def _write_start(setup: Setup, path: Path, loaded: LoadedModel, backend: Backend) -> tuple[StoredRun, Standing]:
-    """All of the run folder that does not change, from the model as the run starts with it."""
-    from edgetune.vit.models import timm_config
+def settings_of_replay(run: Path, own: RunSettings) -> RunSettings:
+    """A run's settings for doing its steps again: all that decides what is computed is the run's, where and from what it
+    is computed is `own`.
 
+    Raises: RunFolderError if the folder is no run's.
+    """
+    stored, plan = read_stored(run), read_plan(run / PLAN_FILE)
+    draws = plan.method not in ("full", "head")
+    return msgspec.structs.replace(
+        stored.settings,
+        model=own.model if own.backend == "ort" else stored.settings.model,
+        backend=own.backend,
+        artifacts=own.artifacts,
+        weights=stored.settings.weights if own.backend == "torch" else None,
+        image_px=stored.settings.image_px if own.backend == "torch" else None,
+        pretrained=stored.settings.pretrained or own.backend == "ort",
+        replay=str(run),
+        data=stored.settings.data if own.data is None else own.data,
+        device=own.device,
+        ram_cap_bytes=own.ram_cap_bytes,
+        enforce=own.enforce,
+        threads=own.threads,
+        prefix_cache=own.prefix_cache,
+        cache_dir=None,
+        method=plan.method,
+        batch_size=plan.batch_size,
+        optimizer=plan.optimizer,
+        split="lowest",
+        split_block=plan.split_block if draws else None,
+        trained_blocks=plan.trained_blocks if plan.draws else None,
+        accumulation=None,
+        token_floor=None,
+        token_ceiling=None,
+        recompute="auto",
+        updates_in_backward=None,
+        half_frozen=False,
+    )
+
+
+def _check_replayed(run: Path, setup: Setup) -> None:
+    """Raises: RunFolderError if the steps of another run can't be done again: other images, other blocks, too few."""
+    stored, selections = read_stored(run), read_selections(run)
+    if images_sha256(setup.data) != stored.images_sha256:
+        raise RunFolderError(f"the images are not those of {run}. Give its own images with --data.")
+    depth, tokens = setup.shape.depth, setup.shape.patch_tokens
+    if any((len(each.trains), each.tokens[0]) != (depth, tokens) for each in selections):
+        raise RunFolderError(
+            f"{run} is of another model than {setup.shape.name}: {depth} blocks, {tokens} patch tokens."
+        )
+    settings = setup.settings
+    wanted = settings.steps or settings.epochs * -(-len(setup.data.train.paths) // setup.plan.batch_size)
+    if len(selections) < wanted:
+        raise RunFolderError(
+            f"{run} did {len(selections)} of its {wanted} steps: finish it with --resume, then replay it."
+        )
+
+
+def _write_start(setup: Setup, path: Path, built: Built) -> tuple[StoredRun, Standing]:
+    """All of the run folder that does not change, from the model as the run starts with it."""
     stored = StoredRun(
         settings=setup.settings,
         classes=setup.data.classes,
@@ -163,10 +219,10 @@ def _write_start(setup: Setup, path: Path, loaded: LoadedModel, backend: Backend
         val_images=len(setup.data.val.paths),
         images_sha256=images_sha256(setup.data),
         preprocess=setup.preprocess,
-        architecture=loaded.architecture,
-        model_args=loaded.model_args,
+        architecture=built.architecture,
+        model_args=built.model_args,
     )
-    return stored, write_start(path, stored, setup.plan, timm_config(loaded, setup.data.classes), backend)
+    return stored, write_start(path, stored, setup.plan, built.config, built.backend)
 
 
 def _reserve(backend: Backend, setup: Setup, guard: Guard) -> None:

@@ -19,16 +19,20 @@ _FILE = "runtimes.json"
 _MOST_ENTRIES = 32
 
 
-def versions() -> str | None:
+# What a backend's runtime is made of.
+_PACKAGES = {"torch": ("torch", "timm"), "ort": ("onnxruntime-training-cpu",)}
+
+
+def versions(backend: str = "torch") -> str | None:
     """`torch 2.14.1 + timm 1.0.31, Python 3.11 on x86_64`, without importing them; None where one is not installed."""
     from importlib import metadata
 
     try:
-        torch, timm = metadata.version("torch"), metadata.version("timm")
+        packages = " + ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES[backend])
     except metadata.PackageNotFoundError:
         return None
     python = ".".join(platform.python_version_tuple()[:2])
-    return f"torch {torch} + timm {timm}, Python {python} on {platform.machine()}"
+    return f"{packages}, Python {python} on {platform.machine()}"
 
 
 def remembered(versions: str | None, folder: Path | None = None) -> int | None:

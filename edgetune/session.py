@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -20,6 +21,7 @@ from edgetune.caching import Features, Place, make, open_features
 from edgetune.checkpoint import open_base, write_atomically
 from edgetune.cost import FLOAT_BYTES
 from edgetune.data import timm_augment
+from edgetune.engines import engine_of
 from edgetune.errors import CapExceeded, DoesNotFit, EdgetuneError, Interrupted
 from edgetune.features import FeaturesOverflow
 from edgetune.guard import Guard, memory_ends
@@ -27,11 +29,11 @@ from edgetune.heads import fit_head
 from edgetune.job import Diverged, Interruption, Job, Listener, NoMemory, OverCap, TrainingState
 from edgetune.methods import METHODS, default_rate
 from edgetune.outcome import Outcome, make_report
-from edgetune.planner import CachedPrefix, Plan, pinned
-from edgetune.planner import plan as make_plan
+from edgetune.planner import CachedPrefix, Plan, PlanRequest, pinned
 from edgetune.prepare import Setup, cache_folder, step_weights
 from edgetune.replay import forget, reason_of
 from edgetune.report import RunReport, report_to_json
+from edgetune.selections import SelectionLog, read_selections
 from edgetune.settings import StoredRun
 from edgetune.store import (
     METRICS_FILE,
@@ -87,6 +89,7 @@ class Session:
 
     def follow(self, plan: Plan, job: Job) -> None:
         """From now on this plan holds, also for the run that is resumed if the next thing to happen is a kill."""
+        self.backend.use_split(plan.split_block, embeddings_train=plan.embeddings_train)
         if plan.half_frozen:
             self.backend.store_half(plan.split_block)
         if plan.keeps_state:
@@ -212,7 +215,7 @@ def _go_on_without_all(session: Session, job: Job, features: Features) -> None:
     request = msgspec.structs.replace(request, space=msgspec.structs.replace(request.space, splits=splits))
     why = features.full or "some of it can't be read back"
     try:
-        job.plan = make_plan(request)
+        job.plan = _make_plan(session, request)
     except DoesNotFit as error:
         raise DoesNotFit(
             f"the cache of the frozen blocks can't be whole ({why}), and with them in memory {error}",
@@ -222,6 +225,11 @@ def _go_on_without_all(session: Session, job: Job, features: Features) -> None:
     for line in job.plan.explanation:
         job.listener.note(f"plan: {line}")
     write_json(session.path / PLAN_FILE, job.plan)
+
+
+def _make_plan(session: Session, request: PlanRequest) -> Plan:
+    settings = session.setup.settings
+    return engine_of(settings).plan(settings, request)
 
 
 def _job(session: Session, listener: Listener) -> Job:
@@ -246,9 +254,13 @@ def _job(session: Session, listener: Listener) -> Job:
         memory_bytes=lambda: setup.judge.device_peak_bytes(guard.meter.peaks()),
         shortage=guard.shortage,
         is_out_of_memory=lambda error: guard.is_out_of_memory(error, job.plan),
-        tighten=lambda current: guard.tighter(pinned(setup.request, current.prefix), current),
+        tighten=lambda current: guard.tighter(
+            pinned(setup.request, current.prefix), current, partial(_make_plan, session)
+        ),
         follow=lambda plan: session.follow(plan, job),
         decode_budget_bytes=setup.decode_budget_bytes,
+        keep_selection=SelectionLog(session.path, session.state.step).append,
+        replayed=None if settings.replay is None else read_selections(Path(settings.replay)),
         ready=setup.plan.prefix is None,
         state=session.state,
     )

@@ -16,6 +16,7 @@ from edgetune.planner import EmbeddingsChoice, RecomputeChoice
 
 Augment = Literal["none", "timm"]
 SplitChoice = Literal["auto", "lowest"]
+BackendName = Literal["torch", "ort"]
 Precision = Literal["float16", "float32"]
 
 
@@ -27,6 +28,9 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     weights: str | None = None
     pretrained: bool = True
     image_px: int | None = None
+    backend: BackendName = "torch"
+    artifacts: str | None = None  # the folder that --backend ort trains from
+    replay: str | None = None  # the run whose steps are done again
     data: str | None = None  # None: the bundled sample
     device: str = "auto"
     ram_cap_bytes: int | None = None
@@ -140,6 +144,7 @@ def check(settings: RunSettings) -> None:
         raise UsageError("--cache and --no-cache contradict each other: leave one of them out.")
     if settings.augment_views is not None and not (settings.augment or settings.hflip):
         raise UsageError("--augment-views keeps views that differ: give --augment or --hflip with it.")
+    _check_backend(settings)
     if settings.weights is not None and not settings.pretrained:
         raise UsageError("--weights and --no-pretrained contradict each other: leave one of them out.")
     texts = {
@@ -148,10 +153,34 @@ def check(settings: RunSettings) -> None:
         "--data": settings.data,
         "--device": settings.device,
         "--cache": settings.cache_dir,
+        "--artifacts": settings.artifacts,
+        "--replay": settings.replay,
     }
     for flag, text in texts.items():
         if text is not None:
             check_text(flag, text)
+
+
+def _check_backend(settings: RunSettings) -> None:
+    """What artifacts have settled, or can't do."""
+    if settings.backend == "torch":
+        if settings.artifacts is not None:
+            raise UsageError("--artifacts is what --backend ort trains from: give both, or neither.")
+        return
+    if settings.artifacts is None:
+        raise UsageError("--backend ort trains from a folder that `edgetune export` wrote: name it with --artifacts.")
+    settled = {
+        "--weights": settings.weights is not None,
+        "--no-pretrained": not settings.pretrained,
+        "--image-size": settings.image_px is not None,
+    }
+    for flag, given in settled.items():
+        if given:
+            raise UsageError(f"{flag}: the artifacts are of a model with its weights and its size. Leave it out.")
+    if settings.augment:
+        raise UsageError("--augment is timm's, which needs torch: with --backend ort use --hflip.")
+    if settings.split == "auto":
+        raise UsageError("--split auto looks at every block; artifacts are cut already. Name one of their blocks.")
 
 
 def check_text(flag: str, text: str) -> None:

@@ -5,6 +5,7 @@ plan.json          the plan
 config.json        what plain timm builds the model from; with model.safetensors (the best epoch) a timm folder
 labels.txt         one class a line, in the order of the logits
 metrics.csv        one row a step, one an evaluation
+selections.jsonl   what each step trained and kept, for --replay
 report.json        the report
 cache/             what the frozen blocks put out for each image, where that is kept
 checkpoints/       the base weights once, and of the last two checkpoints only what training changed

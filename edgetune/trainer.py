@@ -22,9 +22,11 @@ from edgetune import alast, cost
 from edgetune.backends.base import Array, Labels, StepResult
 from edgetune.caching import Loaded, Use, completed, load
 from edgetune.data import ImageSet, epoch_order, prefetch
+from edgetune.errors import DoesNotFit
 from edgetune.job import Diverged, Interruption, Job, OverCap, StepEvent
 from edgetune.methods import proposer
 from edgetune.planner import Plan, fit, lightened
+from edgetune.planner.values import with_levels
 from edgetune.replay import Tightened, tighter_steps, within_memory
 from edgetune.report import Scores, Tally, is_better
 
@@ -69,9 +71,7 @@ def _one_step(job: Job, source: _Source) -> None:
 
     def attempt() -> tuple[cost.Selection, StepResult]:
         plan = job.plan
-        propose = proposer(job.method, plan, state.alast, job.settings.alast)
-        selection = fit(propose(alast.step_rng(job.settings.seed, state.step)), plan)
-        selection = lightened(job.shape, selection, plan)
+        selection = lightened(job.shape, _selection(job), plan)
         result = job.backend.step(
             source.of_step(state.step),
             selection,
@@ -96,6 +96,7 @@ def _one_step(job: Job, source: _Source) -> None:
         alpha = job.learning_rate * plan.batch_size if alpha is None else alpha
         alast.update(state.alast, list(result.class_token_deltas), alpha=alpha, floor=plan.token_floor)
     state.step += 1
+    job.keep_selection(state.step, selection)
     job.whole_steps = job.backend.optimizer_steps()
     state.lost_steps = 0 if result.updated else state.lost_steps + 1
     state.images += images
@@ -110,6 +111,30 @@ def _one_step(job: Job, source: _Source) -> None:
     _tell(job, selection, result, learning_rate, share, seconds)
     if state.lost_steps >= MAX_LOST_STEPS:
         raise Diverged
+
+
+def _selection(job: Job) -> cost.Selection:
+    """What the step at hand trains and keeps: the method's choice clipped to the plan, or what another run did.
+
+    Raises: DoesNotFit if the plan has no room for what that run did.
+    """
+    plan, state = job.plan, job.state
+    if job.replayed is None:
+        propose = proposer(job.method, plan, state.alast, job.settings.alast)
+        return fit(propose(alast.step_rng(job.settings.seed, state.step)), plan)
+    wanted = job.replayed[state.step]
+    room = (
+        all(asked <= most for asked, most in zip(wanted.tokens, plan.token_ceiling, strict=True))
+        and sum(wanted.trains) <= plan.trained_blocks
+        and not any(wanted.trains[: plan.split_block])
+    )
+    if not room:
+        raise DoesNotFit(
+            f"step {state.step + 1} of the run that is replayed trains more, or keeps more tokens, than the plan here "
+            "has room for. Try a larger --ram-cap.",
+            plan.predicted_peak_bytes,
+        )
+    return with_levels(wanted.trains, wanted.tokens, wanted.embeddings_train, plan.recompute, plan.recompute_frozen)
 
 
 def _cached_blocks(job: Job) -> int:

@@ -132,6 +132,8 @@ class FakeBackend:
 
     def store_half(self, blocks: int) -> None: ...
 
+    def use_split(self, split_block: int, *, embeddings_train: bool) -> None: ...
+
     def optimizer_tensors(self) -> Iterator[tuple[str, Array]]:
         yield from ()
 

@@ -19,7 +19,8 @@ LONGEST_SECONDS = 300
 DRIVER = """
 import sys
 import msgspec
-from edgetune import guard, planner, prepare
+import edgetune.engines.torch as engine
+from edgetune import planner
 from edgetune.errors import DoesNotFit
 scale, data_mib, *arguments = sys.argv[1:]
 scale = float(scale)
@@ -36,7 +37,7 @@ def optimistic(request, **more):
     peak = less(made.predicted_peak_bytes)
     return msgspec.structs.replace(made, cap_bytes=cap, predicted_phase_bytes=phases, predicted_peak_bytes=peak)
 if scale != 1:
-    prepare.make_plan = guard.plan = optimistic
+    engine.make_plan = optimistic
 if float(data_mib):
     import resource
     from edgetune import run, system

@@ -41,18 +41,26 @@ ARROWS: dict[str, set[str]] = {
     "data": {"errors", "system", "units"},
     "checkpoint": {"errors", "units"},
     "features": {"checkpoint", "errors", "units"},
+    "selections": {"checkpoint", "cost", "errors"},
     "report": {"checkpoint", "data", "errors", "units"},
     "settings": {"alast", "data", "enforce", "errors", "methods", "optim", "planner"},
-    # What knows torch.
-    "vit": {"checkpoint", "cost", "data", "errors", "shapes"},
-    "backends": {"cost", "errors", "optim", "vit"},
+    "regions": {"cost"},
+    # What knows torch, or ONNX Runtime.
+    "vit": {"checkpoint", "cost", "data", "errors", "regions", "shapes"},
+    "artifacts": {"alast", "checkpoint", "cost", "data", "errors", "planner", "units"},
+    "backends": {"artifacts", "checkpoint", "cost", "errors", "optim", "regions", "vit"},
+    "engines": {"artifacts", "backends", "cost", "data", "errors", "optim", "planner", "settings", "vit"},
+    "export": {
+        "alast", "artifacts", "backends", "checkpoint", "cost", "data", "errors", "memory", "methods", "optim", "planner",
+        "regions", "store", "system", "units", "vit",
+    },
     # A run.
     "job": {"alast", "backends", "cost", "data", "errors", "methods", "planner", "report", "settings"},
     "replay": {"errors", "job", "planner", "units"},
     "probes": {"planner"},
     "caching": {"backends", "cost", "data", "features", "job", "planner", "replay", "settings"},
     "heads": {"caching", "data", "job", "planner", "probes", "replay"},
-    "trainer": {"alast", "backends", "caching", "cost", "data", "job", "methods", "planner", "replay", "report"},
+    "trainer": {"alast", "backends", "caching", "cost", "data", "errors", "job", "methods", "planner", "replay", "report"},
     "judge": {"devices", "errors", "memory", "profiles", "runtimes", "system", "units"},
     "guard": {"enforce", "errors", "judge", "memory", "planner", "replay", "units"},
     "store": {
@@ -65,21 +73,21 @@ ARROWS: dict[str, set[str]] = {
         "backends", "checkpoint", "cost", "data", "errors", "memory", "report", "settings", "store", "system", "units", "vit",
     },
     "prepare": {
-        "backends", "cost", "data", "enforce", "errors", "job", "judge", "memory", "methods", "optim", "planner",
-        "profiles", "settings", "shapes", "system", "units", "vit",
+        "cost", "data", "enforce", "engines", "errors", "job", "judge", "memory", "methods", "planner",
+        "profiles", "settings", "shapes", "system", "units",
     },
     "splits": {"backends", "cost", "data", "job", "methods", "planner", "prepare", "probes", "units"},
     "session": {
-        "backends", "caching", "checkpoint", "cost", "data", "errors", "features", "guard", "heads", "job", "methods", "outcome", "planner", "prepare",
-        "replay", "report", "settings", "store", "trainer", "units",
+        "backends", "caching", "checkpoint", "cost", "data", "engines", "errors", "features", "guard", "heads", "job", "methods", "outcome", "planner", "prepare",
+        "replay", "report", "selections", "settings", "store", "trainer", "units",
     },
     "run": {
-        "backends", "checkpoint", "devices", "errors", "guard", "job", "memory", "prepare", "replay", "report", "session",
-        "settings", "splits", "system", "store", "vit",
+        "backends", "checkpoint", "devices", "engines", "errors", "guard", "job", "memory", "prepare", "replay", "report", "selections", "session",
+        "settings", "splits", "system", "store",
     },
     # What people type.
     "cli": {
-        "alast", "cost", "data", "devices", "enforce", "errors", "inference", "job", "judge", "methods", "planner", "profiles",
+        "alast", "artifacts", "cost", "data", "devices", "enforce", "errors", "export", "inference", "job", "judge", "methods", "planner", "profiles",
         "report", "run", "runtimes", "settings", "shapes", "system", "units", "vit",
     },
     "__main__": {"cli", "errors"},
@@ -87,9 +95,9 @@ ARROWS: dict[str, set[str]] = {
 
 # The only rooms that import these as they are imported; elsewhere it is done inside functions.
 HEAVY = ("torch", "timm", "torchvision", "onnxruntime", "onnx", "executorch", "plotly")
-TORCH_ROOMS = ("vit", "backends.pytorch")
+TORCH_ROOMS = ("vit", "backends.pytorch", "export.graphs", "export.training", "export.parity", "export.inference")
 # And what a run's core does without numpy too, so that a plan is answered in a blink.
-PURE = ("errors", "units", "cost", "alast", "planner", "methods", "optim", "profiles", "shapes")
+PURE = ("errors", "units", "cost", "alast", "planner", "methods", "optim", "profiles", "shapes", "regions")
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

@@ -20,7 +20,9 @@ import timm
 import torch
 from PIL import Image
 
+from edgetune import planner
 from edgetune.errors import DoesNotFit, Interrupted
+from edgetune.planner import Plan, PlanRequest
 from edgetune.report import RunReport, read_report
 
 # 32 training images and 8 for validation: an epoch is four steps.
@@ -268,17 +270,19 @@ def test_a_disk_that_fills_up_meanwhile_does_not_fail_the_run(
 def test_where_the_run_needs_the_cache_to_fit_a_full_disk_says_so(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edgetune import session
+    from edgetune.engines import torch as engine
     from edgetune.features import chunks
 
     def full(*_args: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    def none_fits(_request: object) -> None:
+    def none_fits(request: PlanRequest, **_: object) -> Plan:
+        if request.cache is None or request.cache.blocks is None:
+            return planner.plan(request)
         raise DoesNotFit("needs more", 2**30)
 
     monkeypatch.setattr(chunks, "write_chunk", full)
-    monkeypatch.setattr(session, "make_plan", none_fits)
+    monkeypatch.setattr(engine, "make_plan", none_fits)
     with pytest.raises(DoesNotFit, match=r"can't be whole .*No space left"):
         run(images, tmp_path / "run", **EXACT)
 

@@ -19,6 +19,7 @@ from running import Witness, finetune, interrupt_after, losses, resume
 pytest.importorskip("torch")
 pytest.importorskip("timm")
 
+import edgetune.engines.torch as torch_engine
 from edgetune import prepare, run, session, store, system
 from edgetune.backends.pytorch import TorchBackend
 from edgetune.checkpoint import latest_checkpoint
@@ -330,7 +331,7 @@ def test_a_machine_with_nothing_left_stops_the_run_until_there_is(
     ("owner", "name", "what", "error"),
     [
         (prepare, "open_folder", "before the model was loaded", MemoryError()),
-        (prepare, "make_plan", "before the model was loaded", MemoryError()),
+        (torch_engine, "make_plan", "before the model was loaded", MemoryError()),
         (run, "build", "loading the model", RuntimeError(WORDS)),
         (run, "write_start", "writing the run folder", MemoryError()),
         (store, "save_base", "writing the run folder", OSError(errno.ENOMEM, "Cannot allocate memory")),

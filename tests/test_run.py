@@ -38,6 +38,7 @@ FILES = {
     "plan.json",
     "run.json",
     "metrics.csv",
+    "selections.jsonl",
     "report.json",
     "checkpoints",
 }

@@ -104,6 +104,10 @@ class Backend(Protocol):
         """Read what `drop_prefix` let go."""
         ...
 
+    def use_split(self, split_block: int, *, embeddings_train: bool) -> None:
+        """From now on nothing below a block trains (nor the embeddings, unless they are said to)."""
+        ...
+
     def model_tensors(self) -> Mapping[str, Array]:
         """Every parameter and buffer by timm's name, float32; an array may be made when it is asked for."""
         ...

@@ -216,6 +216,9 @@ class TorchBackend:
             own[name].data = torch.from_numpy(array).to(own[name].dtype)
             del self._dropped[name]
 
+    def use_split(self, split_block: int, *, embeddings_train: bool) -> None:
+        """Nothing to do: each selection says what trains."""
+
     def model_tensors(self) -> Mapping[str, Array]:
         return _Tensors(self.model.state_dict(), self._dropped)
 

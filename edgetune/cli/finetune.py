@@ -12,6 +12,7 @@ import typer
 
 from edgetune.cli.options import (
     SPLIT_CHOICES,
+    BackendChoice,
     CachePrecision,
     Embeddings,
     Enforce,
@@ -53,6 +54,8 @@ OF_THE_PLAN = {
     "method", "batch_size", "accumulation", "optimizer", "trained_blocks", "split_block", "split", "token_floor", "threads", "split_tokens",
     "token_ceiling", "embeddings", "recompute", "updates_in_backward", "keeps_state", "half_frozen",
 }  # fmt: skip
+# What may be another than it was where a run is replayed.
+OF_THE_HOST = {"backend", "artifacts", "data", "device", "ram_cap_bytes", "enforce", "threads", "prefix_cache"}
 MODEL, DATA, METHOD, TRAIN, MEMORY, OUTPUT = "Model", "Data", "Method", "Training", "Memory", "Run folder and output"
 
 
@@ -122,6 +125,16 @@ def finetune(
             help="Input size in pixels; position embeddings are resized. Default: the model's.",
             panel=MODEL,
         ),
+    ] = None,
+    backend: Annotated[
+        BackendChoice | None,
+        _option(
+            "--backend", help="What computes: torch (default), or ort, from artifacts and without torch.", panel=MODEL
+        ),
+    ] = None,
+    artifacts: Annotated[
+        Path | None,
+        _option("--artifacts", help="Folder that `edgetune export` wrote, for --backend ort.", panel=MODEL),
     ] = None,
     data: Annotated[
         Path | None,
@@ -384,6 +397,14 @@ def finetune(
     plan: Annotated[
         Path | None, _option("--plan", help="Replay the plan.json of another run instead of planning.", panel=TRAIN)
     ] = None,
+    replay: Annotated[
+        Path | None,
+        _option(
+            "--replay",
+            help="Do the steps of another run again, the same images and the same selections, on either backend.",
+            panel=TRAIN,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         _option(
@@ -424,6 +445,8 @@ def finetune(
         "weights": None if weights is None else _absolute(str(weights)),
         "pretrained": pretrained,
         "image_px": image_size,
+        "backend": None if backend is None else backend.value,
+        "artifacts": None if artifacts is None else _absolute(str(artifacts)),
         # Absolute: a run is resumed from elsewhere too.
         "data": None if data is None else _absolute(str(data)),
         "device": _absolute(device) if device is not None and (device.endswith(".toml") or "/" in device) else device,
@@ -491,7 +514,10 @@ def finetune(
                     raise UsageError(f"the plan settles {_flags(settled)}: leave it out, or leave --plan out.")
                 from edgetune import run
 
-                report = run.finetune(_settings(given), output=output, plan_file=plan, listener=terminal)
+                settings = _settings(given)
+                if replay is not None:
+                    settings = _replayed(replay, given, plan, settings)
+                report = run.finetune(settings, output=output, plan_file=plan, listener=terminal)
         except EdgetuneError as error:
             if isinstance(error.report, RunReport):
                 terminal.finished(error.report)
@@ -534,6 +560,15 @@ def _resume(folder: Path, given: dict[str, Any], output: Path | None, plan: Path
     return run.resume(folder, data=given.get("data"), listener=terminal)
 
 
+def _replayed(replay: Path, given: dict[str, Any], plan: Path | None, own: RunSettings) -> RunSettings:
+    settled = set(given) - OF_THE_HOST - ({"model"} if own.backend == "ort" else set()) | ({"plan"} if plan else set())
+    if settled:
+        raise UsageError(f"the run that is replayed settles {_flags(settled)}: leave it out.")
+    from edgetune.run import settings_of_replay
+
+    return settings_of_replay(Path(_absolute(str(replay))), own)
+
+
 def _flags(names: set[str]) -> str:
     return ", ".join(f"--{FLAGS.get(name, name.replace('_', '-'))}" for name in sorted(names))
 
@@ -541,6 +576,12 @@ def _flags(names: set[str]) -> str:
 def _settings(given: dict[str, Any]) -> RunSettings:
     from edgetune.settings import RunSettings
 
+    if given.get("backend") == "ort" and "artifacts" in given:
+        from edgetune.artifacts.reading import read_manifest
+
+        if "model" in given:
+            raise UsageError("--model: the artifacts are of a model. Leave it out.")
+        given["model"] = read_manifest(Path(given["artifacts"])).model
     if "model" not in given:
         given["model"] = "deit_tiny_patch16_224" if "data" in given else "edgetune_micro"
     if "alast" in given:

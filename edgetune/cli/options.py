@@ -16,6 +16,11 @@ class MethodName(str, Enum):
     alast = "alast"
 
 
+class BackendChoice(str, Enum):
+    torch = "torch"
+    ort = "ort"
+
+
 class OptimizerChoice(str, Enum):
     adamw = "adamw"
     momentum = "momentum"

@@ -6,7 +6,15 @@ Imports neither torch nor timm (`timm_augment` does, when it is called).
 
 from edgetune.data.batches import Transform, load_batch, prefetch, timm_augment
 from edgetune.data.draws import balanced_sample, epoch_order, flip_draw, stratified_split
-from edgetune.data.folders import BadImage, DataFolder, ImageSet, class_weights, open_folder, open_for_evaluation
+from edgetune.data.folders import (
+    BadImage,
+    DataFolder,
+    ImageSet,
+    class_names,
+    class_weights,
+    open_folder,
+    open_for_evaluation,
+)
 from edgetune.data.images import (
     ImageHeader,
     UnreadableImage,
@@ -29,6 +37,7 @@ __all__ = [
     "UnreadableImage",
     "balanced_sample",
     "bundled_sample",
+    "class_names",
     "class_weights",
     "decode_bytes",
     "epoch_order",

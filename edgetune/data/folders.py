@@ -117,6 +117,16 @@ def open_folder(
     return _folder(classes, train, val, notes, bad, how)
 
 
+def class_names(root: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The classes that `open_folder` would find, in its order; no image is opened. Raises: DataError as there."""
+    path = os.fspath(root)
+    notes: list[str] = []
+    train, _, _ = find_layout(path)
+    files = list_files(path, train, notes)
+    refuse_unusable(train, files)
+    return tuple(files)
+
+
 def open_for_evaluation(
     root: str | os.PathLike[str],
     classes: Sequence[str],

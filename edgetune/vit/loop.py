@@ -15,18 +15,10 @@ from torch import Tensor, nn
 
 from edgetune.cost import Recompute, Selection
 from edgetune.errors import UnsupportedModel
+from edgetune.regions import EMBEDDING_NAMES as EMBEDDING_NAMES
+from edgetune.regions import region_of as region_of
+from edgetune.regions import trains as trains
 from edgetune.vit.recompute import run_recomputed
-
-EMBEDDING_NAMES = (
-    "patch_embed",
-    "pos_embed",
-    "cls_token",
-    "reg_token",
-    "dist_token",
-    "norm_pre",
-    "pos_drop",
-    "patch_drop",
-)
 
 
 def check_supported(model: nn.Module, name: str) -> VisionTransformer:
@@ -55,19 +47,6 @@ def check_supported(model: nn.Module, name: str) -> VisionTransformer:
     if channels != 3:
         raise UnsupportedModel(f"{name} takes images of {channels} channels; edgetune feeds RGB.")
     return model
-
-
-def region_of(parameter: str) -> str | int:
-    """`"embeddings"`, the block's number, or `"head"` (final norm, pooling and classifier)."""
-    if parameter.startswith("blocks."):
-        return int(parameter.split(".")[1])
-    return "embeddings" if parameter.split(".")[0] in EMBEDDING_NAMES else "head"
-
-
-def trains(region: str | int, selection: Selection) -> bool:
-    if isinstance(region, int):
-        return selection.trains[region]
-    return region == "head" or selection.embeddings_train
 
 
 def apply_selection(model: VisionTransformer, selection: Selection) -> None:
@@ -215,7 +194,7 @@ def class_attention(attention: Any, qkv: Tensor) -> Tensor:
     q = attention.q_norm(q[:, :1].transpose(1, 2))  # (B, H, 1, A / H)
     k = attention.k_norm(k.transpose(1, 2))  # (B, H, T, A / H)
     scores = (q * attention.scale) @ k.transpose(-2, -1)  # (B, H, 1, T)
-    row: Tensor = scores.softmax(dim=-1).mean(dim=1).squeeze(1)
+    row: Tensor = scores.softmax(dim=-1).mean(dim=1)[:, 0]
     return row
 
 

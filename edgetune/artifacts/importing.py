@@ -1,0 +1,79 @@
+"""A model folder from the flat buffer of parameters that a phone or a page hands back."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from edgetune.artifacts.manifest import Manifest, Variant
+from edgetune.artifacts.reading import check_files, read_manifest
+from edgetune.checkpoint import load_tensors, save_tensors, write_atomically
+from edgetune.checkpoint.files import disk_errors
+from edgetune.errors import ArtifactsError, RunFolderError
+
+FLOAT_BYTES = 4
+
+
+def import_parameters(buffer: Path, artifacts: Path, output: Path, variant: str | None = None) -> list[str]:
+    """Write `output` (new or empty): model.safetensors and config.json, which timm loads, and labels.txt.
+
+    `buffer`: every parameter of a variant (or those that train) as little-endian float32, in the manifest's order.
+    `variant`: whose; by default the one whose size it has. Returns sentences on what was found.
+
+    Raises: ArtifactsError for a buffer that fits no variant, or holds what is no number; RunFolderError.
+    """
+    manifest = read_manifest(artifacts)
+    check_files(artifacts, manifest, (manifest.weights,))
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunFolderError(f"{output} is not empty. Name another folder for --output.")
+    with disk_errors(buffer, "read"):
+        values = np.fromfile(buffer, "<f4")
+        odd = buffer.stat().st_size % FLOAT_BYTES
+    if odd:
+        raise ArtifactsError(f"{buffer} is no buffer of float32: its size is no multiple of {FLOAT_BYTES}.")
+    found, trained_only = _fitting(manifest, values.size, variant, buffer)
+    if not np.isfinite(values).all():
+        raise ArtifactsError(
+            f"{buffer} holds values that are no finite numbers: the training diverged, or it is damaged."
+        )
+    tensors = load_tensors(artifacts / manifest.weights, manifest.files[manifest.weights].sha256)
+    start, changed = 0, 0
+    for each in found.parameters:
+        if trained_only and not each.trained:
+            continue
+        size = math.prod(each.shape)
+        new = values[start : start + size].reshape(each.shape)
+        changed += not np.array_equal(new, tensors[each.name])
+        tensors[each.name] = new
+        start += size
+    with disk_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    classes = manifest.classes or tuple(f"class {number}" for number in range(manifest.shape.classes))
+    write_atomically(
+        output / "config.json", msgspec.json.format(msgspec.json.encode(manifest.config), indent=2) + b"\n"
+    )
+    write_atomically(output / "labels.txt", "".join(f"{name}\n" for name in classes).encode("utf-8", "surrogateescape"))
+    save_tensors(output / "model.safetensors", tensors, {"format": "pt"})
+    return [
+        f"{found.name}: {changed} of its {len(found.parameters)} parameters differ from the artifacts'",
+        f"model folder: {output} (timm.create_model('local-dir:{output}', pretrained=True))",
+    ]
+
+
+def _fitting(manifest: Manifest, floats: int, name: str | None, buffer: Path) -> tuple[Variant, bool]:
+    """(the variant that a buffer of so many floats is of, whether it holds its trained parameters alone)"""
+    sizes = {}
+    for variant in manifest.variants:
+        for trained_only in (False, True):
+            parameters = [each for each in variant.parameters if each.trained or not trained_only]
+            sizes[variant.name, trained_only] = sum(math.prod(each.shape) for each in parameters)
+    if name is not None and (name, False) not in sizes:
+        raise ArtifactsError(f"the artifacts hold no variant {name!r}: {', '.join(v.name for v in manifest.variants)}.")
+    for (found, trained_only), size in sizes.items():
+        if size == floats and name in (None, found):
+            return manifest.variant(found), trained_only
+    wanted = ", ".join(f"{found} {size}" for (found, trained_only), size in sizes.items() if not trained_only)
+    raise ArtifactsError(f"{buffer} holds {floats} values; the variants have {wanted}. Is it of these artifacts?")

@@ -1,0 +1,165 @@
+"""Reading a folder of artifacts that may have come from anywhere: nothing outside it is touched, nothing damaged is used."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import msgspec
+
+from edgetune.artifacts.manifest import MANIFEST_FILE, Manifest, Variant
+from edgetune.checkpoint.files import disk_errors
+from edgetune.errors import ArtifactsError
+
+_MAX_MANIFEST_BYTES = 16 * 1024**2
+_CHUNK_BYTES = 1024**2
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest, with all that it says of itself checked; files are checked by `check_files`.
+
+    Raises: ArtifactsError for one that is missing, damaged, of another version, contradicts itself or names a path that
+    leaves the folder.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        size = path.stat().st_size
+        if size > _MAX_MANIFEST_BYTES:
+            raise ArtifactsError(f"{path} is damaged: no manifest is as large.")
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactsError(
+            f"{path} can't be read ({error.strerror or type(error).__name__}). Wanted: a folder that `edgetune export` wrote."
+        ) from error
+    try:
+        version = msgspec.json.decode(data, type=_Version)
+        if (version.format_version, version.kind) != (1, "onnxruntime-training"):
+            raise ArtifactsError(
+                f"{path} has format {version.format_version} ({version.kind}); this edgetune reads format 1 of "
+                "onnxruntime-training. Export it again with this edgetune."
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise ArtifactsError(f"{path} is damaged: {error}. Export it again.") from error
+    wrong = list(_contradictions(manifest))
+    if wrong:
+        raise ArtifactsError(f"{path} is damaged: {'; '.join(wrong[:5])}. Export it again.")
+    return manifest
+
+
+class _Version(msgspec.Struct):
+    format_version: int
+    kind: str
+
+
+def paths_of(manifest: Manifest, variant: Variant) -> tuple[str, ...]:
+    """The files that training this variant reads, the weights apart."""
+    own = (variant.prefix_graph, variant.training_graph, variant.eval_graph, variant.checkpoint)
+    optimizers = [path for files in manifest.optimizers.values() for path in (files.plain, files.scheduled)]
+    return (*(path for path in own if path is not None), *optimizers)
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path is relative, plain and stays in its folder: no `..`, no root, drive or backslash."""
+    parts = path.split("/")
+    plain = path == str(PurePosixPath(path)) and not path.startswith("/")
+    return plain and all(part not in ("", ".", "..") for part in parts) and not set(path) & set('\\:\0"*?<>|')
+
+
+def check_files(folder: Path, manifest: Manifest, only: tuple[str, ...] | None = None) -> None:
+    """That every file (or those of `only`) is a plain file inside the folder with the bytes that the manifest names.
+
+    Raises: ArtifactsError naming the first that is not.
+    """
+    root = folder.resolve()
+    for name in manifest.files if only is None else only:
+        entry = manifest.files[name]
+        path = folder / name
+        _check_plain(folder, name)
+        with disk_errors(path, "read"):
+            if root not in path.resolve().parents:
+                raise ArtifactsError(f"{path} leads out of its folder. Export it again.")
+            found = path.stat().st_size
+            if found != entry.bytes:
+                raise ArtifactsError(f"{path} is damaged: {found} bytes instead of {entry.bytes}. Export it again.")
+            if file_sha256(path) != entry.sha256:
+                raise ArtifactsError(
+                    f"{path} is damaged: its bytes are not those that were exported (SHA-256 differs). Export it again."
+                )
+
+
+def _check_plain(folder: Path, name: str) -> None:
+    """No link on the way to the file, and a file at its end."""
+    path = folder
+    for part in name.split("/"):
+        path = path / part
+        try:
+            mode = path.lstat().st_mode
+        except OSError as error:
+            raise ArtifactsError(
+                f"{folder / name} is missing ({error.strerror or type(error).__name__}). Copy the whole folder, or export it again."
+            ) from error
+        if stat.S_ISLNK(mode):
+            raise ArtifactsError(f"{path} is a link; artifacts are plain files. Copy the file itself there.")
+    if not stat.S_ISREG(mode):
+        raise ArtifactsError(f"{path} is no plain file. Export it again.")
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def files_in(folder: Path) -> Iterator[str]:
+    """Every file of a folder but the manifest, as paths of the manifest."""
+    for root, _, names in os.walk(folder):
+        for name in sorted(names):
+            path = (Path(root) / name).relative_to(folder).as_posix()
+            if path != MANIFEST_FILE:
+                yield path
+
+
+def _contradictions(manifest: Manifest) -> Iterator[str]:
+    depth, shape = manifest.shape.depth, manifest.shape
+    named = [manifest.weights, *(path for variant in manifest.variants for path in paths_of(manifest, variant))]
+    for path in {*named, *manifest.files}:
+        if not is_inside(path):
+            yield f"{path!r} is no path inside the folder"
+    for path in set(named) - set(manifest.files):
+        yield f"{path!r} is used and not listed in `files`"
+    if not manifest.variants:
+        yield "it has no variant"
+    names = [variant.name for variant in manifest.variants]
+    if len(set(names)) != len(names):
+        yield "two variants have the same name"
+    if len(manifest.classes) not in (0, shape.classes) or shape.classes < 1:
+        yield f"it names {len(manifest.classes)} classes of {shape.classes}"
+    if not {"adamw", "sgd"} <= set(manifest.optimizers):
+        yield "an optimizer is missing"
+    if manifest.adaptive is not None and set(names) - set(manifest.adaptive.token_floor):
+        yield "token_floor lacks a variant"
+    for variant in manifest.variants:
+        yield from _wrong_in(variant, depth)
+
+
+def _wrong_in(variant: Variant, depth: int) -> Iterator[str]:
+    if variant.split_block > depth:
+        yield f"variant {variant.name} is cut at block {variant.split_block} of {depth}"
+    if (variant.prefix_graph is None) != (variant.split_block == 0):
+        yield f"variant {variant.name}: a prefix is there where nothing lies below, or missing"
+    if variant.embeddings_train and variant.split_block:
+        yield f"variant {variant.name} trains embeddings that are in its prefix"
+    first = "images" if variant.split_block == 0 else "features"
+    if [each.name for each in variant.inputs][:2] != [first, "targets"]:
+        yield f"variant {variant.name} takes other inputs than {first} and targets"
+    if variant.outputs[:3] != ("loss", "logits", "head_inputs"):
+        yield f"variant {variant.name} gives no loss and logits"
+    parameters = [each.name for each in variant.parameters]
+    if len(set(parameters)) != len(parameters) or not any(each.trained for each in variant.parameters):
+        yield f"variant {variant.name} trains nothing, or one parameter twice"
