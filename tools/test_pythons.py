@@ -17,7 +17,8 @@ VENVS = ROOT / ".venv" / "pythons"
 OLDEST = (3, 10)
 # The arithmetic is the same on every Python: a few examples of each property tell whether it runs.
 FEW = ["--hypothesis-profile", "few"]
-TEST_PACKAGES = ["pytest", "hypothesis", "jsonschema", "scikit-learn"]
+PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+TEST_PACKAGES = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "scikit-learn"]
 
 
 def find_pythons() -> dict[tuple[int, int], Path]:
@@ -70,7 +71,8 @@ def main() -> int:
         label = f"Python {version[0]}.{version[1]}"
         print(f"== torch-free core on {label} ({python})", flush=True)
         own = environment(version, python)
-        done = subprocess.run([own, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *FEW], cwd=ROOT)
+        options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", *FEW, *PARALLEL]
+        done = subprocess.run([own, "-m", "pytest", *options], cwd=ROOT)
         if done.returncode:
             failed.append(label)
     if failed:

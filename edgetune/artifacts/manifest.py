@@ -5,6 +5,7 @@ Values alone; `reading.py` reads and checks them. Its schema is `docs/artifacts.
 
 from __future__ import annotations
 
+import inspect
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -186,5 +187,18 @@ def ladder(depth: int) -> tuple[int, ...]:
 def manifest_schema() -> dict[str, Any]:
     """The JSON schema of `manifest.json`."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(Manifest)}
-    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(schema))
+    plain: dict[str, Any] = _plain(msgspec.json.decode(msgspec.json.encode(schema)))
     return plain
+
+
+def _plain(part: Any) -> Any:
+    """Descriptions without the indentation of docstrings, which Python keeps up to 3.12; no defaults that are lists, which
+    a named tuple's are.
+    """
+    if not isinstance(part, dict):
+        return part
+    return {
+        name: inspect.cleandoc(value) if name == "description" and isinstance(value, str) else _plain(value)
+        for name, value in part.items()
+        if not (name == "default" and isinstance(value, list))
+    }
