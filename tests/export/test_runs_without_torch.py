@@ -98,6 +98,7 @@ def test_a_torch_run_is_replayed_from_artifacts_with_its_losses(
 ) -> None:
     done = cli(
         "finetune", "--model", f"local-dir:{tiny_model}", "--data", images, "--split", "0", "--no-cache", "--initial-budget", "0.5", "--alpha", "1", *TRAIN,
+        "--no-head-first",  # two fits of a classifier would be compared, whose features differ by rounding
         "--output", tmp_path / "torch",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -112,7 +113,7 @@ def test_a_torch_run_is_replayed_from_artifacts_with_its_losses(
     assert len(here) == len(there) == 12
     for (step, loss, rate), (other_step, other_loss, other_rate) in zip(here, there, strict=True):
         assert (step, rate) == (other_step, other_rate)
-        assert float(other_loss) == pytest.approx(float(loss), rel=1e-4, abs=1e-4)
+        assert float(other_loss) == pytest.approx(float(loss), abs=1e-4)
     one, other = (load_tensors(tmp_path / name / "model.safetensors") for name in ("torch", "ort"))
     assert max(abs(one[name] - other[name]).max() for name in one) < 1e-4
 
