@@ -7,7 +7,7 @@ there (a full disk, a limit) is put through the prefix when it is needed: the ru
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -24,8 +23,8 @@ from edgetune.cost import Selection
 from edgetune.data import ImageSet, flip_draw, load_batch, prefetch
 from edgetune.features import FeatureKey, FeatureStore, entry_id, weights_sha256
 from edgetune.job import Interruption, Job
-from edgetune.planner import CachedPrefix, Plan, entry_bytes
-from edgetune.replay import Tightened, tighter_steps, within_memory
+from edgetune.planner import CachedPrefix, entry_bytes
+from edgetune.replay import smaller_batches, within_memory
 from edgetune.settings import Precision, RunSettings
 
 Places = npt.NDArray[np.int64]
@@ -153,6 +152,37 @@ def completed(job: Job, loaded: Loaded, use: Use) -> tuple[Array, Labels]:
     return loaded.inputs, loaded.labels
 
 
+def one_pass(
+    job: Job, images: ImageSet, places: Places, use: Use, what: str
+) -> Generator[tuple[Array, Labels], None, None]:
+    """The images at `places` in batches of an evaluation, each view the first; to be closed by whoever takes them.
+
+    `what` names the pass to the user. Raises: Interruption between batches, if a stop was asked for.
+    """
+    size, total = job.plan.evaluation_batch, len(places)
+
+    def batches() -> Iterator[Loaded]:
+        for start in range(0, total, size):
+            yield load(job, images, places[start : start + size], 0, use)
+
+    with closing(prefetch(batches(), depth=batches_ahead(job, training=use == "train"))) as source:
+        for number, loaded in enumerate(source):
+            if job.stop.is_set():
+                raise Interruption
+            yield completed(job, loaded, use)
+            job.listener.progress(what, min((number + 1) * size, total), total)
+
+
+def batches_ahead(job: Job, *, training: bool) -> int:
+    """Batches that are loaded meanwhile: none where memory binds, or augmentation draws from torch's generator."""
+    return int(job.plan.overlaps and not (training and job.transform is not None))
+
+
+def cached_blocks(job: Job) -> int:
+    """How many of the lowest blocks are read instead of being computed."""
+    return 0 if job.features is None else job.features.prefix.blocks
+
+
 def _reader(job: Job, images: ImageSet, *, training: bool) -> Callable[[Places, int], tuple[Images, Labels]]:
     def read(indices: Places, epoch: int) -> tuple[Images, Labels]:
         return load_batch(
@@ -261,7 +291,9 @@ def make(job: Job, features: Features) -> None:
             if cached is None:
                 continue
             work = partial(_make_part, job, features, cached, images, training=training)
-            within_memory(job, "caching the frozen blocks", work, lambda: None, partial(_lighter, job))
+            within_memory(
+                job, "caching the frozen blocks", work, lambda: None, partial(smaller_batches, job, "cache_batch", None)
+            )
     finally:
         job.state.cache_seconds += time.monotonic() - began
         job.enter_phase("train")
@@ -280,9 +312,8 @@ def _make_part(job: Job, features: Features, cached: CachedImages, images: Image
                 places = here[start : start + job.plan.cache_batch]
                 yield places, read(places % cached.count, view)[0]
 
-    depth = 0 if not job.plan.overlaps or (job.transform is not None and training) else 1
     try:
-        with closing(prefetch(batches(), depth=depth)) as source:
+        with closing(prefetch(batches(), depth=batches_ahead(job, training=training))) as source:
             for places, inputs in source:
                 if job.stop.is_set():
                     raise Interruption
@@ -294,11 +325,3 @@ def _make_part(job: Job, features: Features, cached: CachedImages, images: Image
                     return
     finally:
         cached.store.flush()
-
-
-def _lighter(job: Job, current: Plan) -> Tightened:
-    """A quarter of the images at once."""
-    if current.cache_batch == 1:
-        return tighter_steps(job)(current)
-    size = -(-current.cache_batch // 4)
-    return Tightened(msgspec.structs.replace(current, cache_batch=size), f"in batches of {size}")

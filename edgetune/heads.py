@@ -7,20 +7,18 @@ that. Source: Kumar et al., "Fine-Tuning can Distort Pretrained Features and Und
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.caching import Loaded, completed, load
-from edgetune.data import balanced_sample, prefetch
-from edgetune.job import Interruption, Job
-from edgetune.planner import Plan
+from edgetune.caching import cached_blocks, one_pass
+from edgetune.data import balanced_sample
+from edgetune.job import Job
+from edgetune.planner import pruned_tokens
 from edgetune.probes import RidgeClassifier
-from edgetune.replay import Tightened, tighter_steps, within_memory
+from edgetune.replay import smaller_batches, within_memory
 
 MOST_IMAGES = 2000
 # Of the images that the run sees, at most such a share is looked at.
@@ -36,34 +34,23 @@ def fit_head(job: Job) -> None:
         return
     seen = job.total_steps * job.plan.batch_size
     most = min(MOST_IMAGES, int(MOST_OF_RUN * seen))
-    places = balanced_sample(job.train_images.labels, job.settings.seed, most)
     if most < 2 * job.classes or not job.backend.has_linear_head:
         return
+    places = balanced_sample(job.train_images.labels, job.settings.seed, most)
     job.enter_phase("head")
-    work = partial(_fit, job, places)
-    within_memory(job, "fitting the classifier", work, lambda: None, partial(_lighter, job))
+    work, lighter = partial(_fit, job, places), partial(smaller_batches, job, "evaluation_batch", len(places))
+    within_memory(job, "fitting the classifier", work, lambda: None, lighter)
     job.enter_phase("train")
 
 
 def _fit(job: Job, places: npt.NDArray[np.int64]) -> None:
-    size, tokens = job.plan.evaluation_batch, tokens_as_trained(job.plan)
-    prefix = job.plan.prefix if job.features is not None else None
-    cached = 0 if prefix is None else prefix.blocks
+    tokens = pruned_tokens(job.plan) or (job.plan.token_ceiling[0],) * job.shape.depth
     fit: RidgeClassifier | None = None
-
-    def batches() -> Iterator[Loaded]:
-        for start in range(0, len(places), size):
-            yield load(job, job.train_images, places[start : start + size], 0, "train")
-
-    with closing(prefetch(batches(), depth=int(job.plan.overlaps and job.transform is None))) as source:
-        for number, loaded in enumerate(source):
-            if job.stop.is_set():
-                raise Interruption
-            inputs, labels = completed(job, loaded, "train")
-            features = job.backend.head_inputs(inputs, cached, tokens)
+    with closing(one_pass(job, job.train_images, places, "train", "fit the classifier")) as batches:
+        for inputs, labels in batches:
+            features = job.backend.head_inputs(inputs, cached_blocks(job), tokens)
             fit = fit or RidgeClassifier(features.shape[1], job.classes)
             fit.add(features, labels)
-            job.listener.progress("fit the classifier", min((number + 1) * size, len(places)), len(places))
     assert fit is not None
     found = fit.fitted()
     if not (np.isfinite(found.weight).all() and np.isfinite(found.bias).all()):
@@ -73,18 +60,3 @@ def _fit(job: Job, places: npt.NDArray[np.int64]) -> None:
         f"classifier first: fitted to {len(places)} training images as the pretrained model sees them, it tells "
         f"{found.told_right:.1%} of those left out"
     )
-
-
-def tokens_as_trained(plan: Plan) -> tuple[int, ...]:
-    """Patch tokens that each block sees when nothing is dropped but at the split."""
-    depth, split = len(plan.token_ceiling), plan.split_block
-    entering = plan.token_ceiling[min(split, depth - 1)]
-    return (*plan.token_ceiling[:split], *(entering,) * (depth - split))
-
-
-def _lighter(job: Job, current: Plan) -> Tightened:
-    """A quarter of the images at once."""
-    if current.evaluation_batch == 1:
-        return tighter_steps(job)(current)
-    size = -(-current.evaluation_batch // 4)
-    return Tightened(msgspec.structs.replace(current, evaluation_batch=size), f"in batches of {size}")

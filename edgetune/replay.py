@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from traceback import clear_frames
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
+
+import msgspec
 
 from edgetune.errors import DoesNotFit
 from edgetune.job import Job, NoMemory
@@ -76,6 +78,21 @@ def tighter_steps(job: Job) -> Callable[[Plan], Tightened]:
         return Tightened(plan, f"under a tighter plan of {format_bytes(plan.predicted_peak_bytes)}: {chosen}")
 
     return tighten
+
+
+def smaller_batches(
+    job: Job, batch: Literal["evaluation_batch", "cache_batch"], images: int | None, current: Plan
+) -> Tightened:
+    """A quarter of the images at once, of no more than there are (None: many): three times that make one of 64.
+
+    How steps are done stays as it is till then.
+    """
+    size: int = getattr(current, batch)
+    size = size if images is None else min(size, images)
+    if size == 1:
+        return tighter_steps(job)(current)
+    size = -(-size // 4)
+    return Tightened(msgspec.structs.replace(current, **{batch: size}), f"in batches of {size}")
 
 
 def _turn(job: Job, what: str, reason: str, tighten: Callable[[Plan], Tightened]) -> bool:

@@ -14,20 +14,19 @@ from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from edgetune import alast, cost
 from edgetune.backends.base import Array, Labels, StepResult
-from edgetune.caching import Loaded, Use, completed, load
+from edgetune.caching import Loaded, Use, batches_ahead, cached_blocks, completed, load, one_pass
 from edgetune.data import ImageSet, epoch_order, prefetch
 from edgetune.errors import DoesNotFit
 from edgetune.job import Diverged, Interruption, Job, OverCap, StepEvent
 from edgetune.methods import proposer
-from edgetune.planner import Plan, fit, lightened
+from edgetune.planner import fit, lightened, pruned_tokens
 from edgetune.planner.values import with_levels
-from edgetune.replay import Tightened, tighter_steps, within_memory
+from edgetune.replay import smaller_batches, within_memory
 from edgetune.report import Scores, Tally, is_better
 
 # A loss that is no number this many steps in a row won't become one again: the weights do not change meanwhile.
@@ -82,7 +81,7 @@ def _one_step(job: Job, source: _Source) -> None:
             with_deltas=state.alast is not None,
             updates_in_backward=plan.updates_in_backward,
             keeps_state=plan.keeps_state,
-            cached_blocks=_cached_blocks(job),
+            cached_blocks=cached_blocks(job),
         )
         return selection, result
 
@@ -100,7 +99,7 @@ def _one_step(job: Job, source: _Source) -> None:
     job.whole_steps = job.backend.optimizer_steps()
     state.lost_steps = 0 if result.updated else state.lost_steps + 1
     state.images += images
-    state.flops += cost.step_flops(job.shape, selection, images, _cached_blocks(job))
+    state.flops += cost.step_flops(job.shape, selection, images, cached_blocks(job))
     share = cost.token_share(job.shape, selection)
     state.token_share_sum += share
     state.train_seconds += seconds
@@ -135,10 +134,6 @@ def _selection(job: Job) -> cost.Selection:
             plan.predicted_peak_bytes,
         )
     return with_levels(wanted.trains, wanted.tokens, wanted.embeddings_train, plan.recompute, plan.recompute_frozen)
-
-
-def _cached_blocks(job: Job) -> int:
-    return 0 if job.features is None else job.features.prefix.blocks
 
 
 def _tell(
@@ -210,15 +205,6 @@ def _better(scores: Scores, best: Scores, *, balanced: bool) -> bool:
     return is_better(new, old)
 
 
-def pruned_tokens(plan: Plan) -> tuple[int, ...] | None:
-    """The tokens that each block sees where they are dropped at the split and nowhere else; None if none are there."""
-    all_tokens, depth = plan.token_ceiling[0], len(plan.token_ceiling)
-    if plan.split_block >= depth or plan.token_ceiling[plan.split_block] == all_tokens:
-        return None
-    first = next(block for block, tokens in enumerate(plan.token_ceiling) if tokens < all_tokens)
-    return (all_tokens,) * first + (plan.token_ceiling[first],) * (depth - first)
-
-
 def evaluate(job: Job, images: ImageSet, give_back: Callable[[], None] = lambda: None, use: Use = "evaluate") -> Scores:
     """Accuracy and loss on all tokens, or as trained. Raises: Interruption between batches, if a stop was asked for;
     NoMemory.
@@ -228,39 +214,19 @@ def evaluate(job: Job, images: ImageSet, give_back: Callable[[], None] = lambda:
     began = time.monotonic()
     job.enter_phase("evaluate")
     what = f"evaluation after step {job.state.step}"
-    lighter = partial(_lighter_evaluation, job, len(images.paths))
+    lighter = partial(smaller_batches, job, "evaluation_batch", len(images.paths))
     scores = within_memory(job, what, lambda: _evaluate(job, images, use), give_back, lighter)
     job.enter_phase("train")
     job.state.eval_seconds += time.monotonic() - began
     return scores
 
 
-def _lighter_evaluation(job: Job, images: int, current: Plan) -> Tightened:
-    """A quarter of the images at once: three times that make one of 64. How steps are done stays as it is till then."""
-    size = min(current.evaluation_batch, images)
-    if size == 1:
-        return tighter_steps(job)(current)
-    size = -(-size // 4)
-    return Tightened(msgspec.structs.replace(current, evaluation_batch=size), f"in batches of {size}")
-
-
 def _evaluate(job: Job, images: ImageSet, use: Use) -> Scores:
     tokens = pruned_tokens(job.plan) if use == "evaluate pruned" else None
     tally = Tally(job.classes)
-    size = job.plan.evaluation_batch
-    total = len(images.paths)
-
-    def batches() -> Iterator[Loaded]:
-        for start in range(0, total, size):
-            yield load(job, images, np.arange(start, min(start + size, total)), 0, use)
-
-    with closing(prefetch(batches(), depth=int(job.plan.overlaps))) as source:
-        for number, loaded in enumerate(source):
-            if job.stop.is_set():
-                raise Interruption
-            inputs, labels = completed(job, loaded, use)
-            tally.add(job.backend.evaluate(inputs, _cached_blocks(job), tokens), labels)
-            job.listener.progress("evaluate", min((number + 1) * size, total), total)
+    with closing(one_pass(job, images, np.arange(len(images.paths)), use, "evaluate")) as batches:
+        for inputs, labels in batches:
+            tally.add(job.backend.evaluate(inputs, cached_blocks(job), tokens), labels)
     return tally.scores()
 
 
@@ -327,7 +293,7 @@ def _parts(job: Job) -> Generator[_Part, None, None]:
                 yield _Part(step, start + size >= len(indices), loaded)
 
     # timm's augmentation draws from global generators, so it must run between steps, in this thread.
-    return prefetch(produce(), depth=1 if job.plan.overlaps and job.transform is None else 0)
+    return prefetch(produce(), depth=batches_ahead(job, training=True))
 
 
 def _weight_sum(job: Job, indices: npt.NDArray[np.int64]) -> float:

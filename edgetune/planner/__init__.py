@@ -10,7 +10,7 @@ from edgetune.planner.lighter import lightened
 from edgetune.planner.phases import parts_of, process_bytes
 from edgetune.planner.prefix import entry_bytes, pinned, views_that_fit
 from edgetune.planner.search import plan, replayed, smallest_cap_bytes
-from edgetune.planner.tokens import ceilings, default_token_floor, fit, rounded_up
+from edgetune.planner.tokens import ceilings, default_token_floor, fit, pruned_tokens, rounded_up
 from edgetune.planner.values import (
     JUDGED_IMAGES,
     PLAN_FORMAT_VERSION,
@@ -47,6 +47,7 @@ __all__ = [
     "pinned",
     "plan",
     "process_bytes",
+    "pruned_tokens",
     "replayed",
     "rounded_up",
     "smallest_cap_bytes",

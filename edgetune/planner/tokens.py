@@ -33,6 +33,15 @@ def fit(selection: Selection, plan: Plan) -> Selection:
     return with_levels(tuple(trains), tuple(tokens), embeddings, plan.recompute, plan.recompute_frozen)
 
 
+def pruned_tokens(plan: Plan) -> tuple[int, ...] | None:
+    """The tokens that each block sees where they are dropped at the split and nowhere else; None if none are there."""
+    all_tokens, depth = plan.token_ceiling[0], len(plan.token_ceiling)
+    if plan.split_block >= depth or plan.token_ceiling[plan.split_block] == all_tokens:
+        return None
+    first = next(block for block, tokens in enumerate(plan.token_ceiling) if tokens < all_tokens)
+    return (all_tokens,) * first + (plan.token_ceiling[first],) * (depth - first)
+
+
 @lru_cache(maxsize=1024)
 def ceilings(
     shape: ViTShape, split_block: int, keep_ratio: float, split_tokens: float = 1.0, cached_blocks: int | None = None
