@@ -174,7 +174,9 @@ def one_pass(
 
 
 def batches_ahead(job: Job, *, training: bool) -> int:
-    """Batches that are loaded meanwhile: none where memory binds, or augmentation draws from torch's generator."""
+    """Batches that are loaded meanwhile: none where memory binds. timm's augmentation draws from global generators, so it
+    must run between steps, in the thread that trains.
+    """
     return int(job.plan.overlaps and not (training and job.transform is not None))
 
 

@@ -12,7 +12,7 @@ change of a parameter or its state. `scratch_floats` and `transient_floats` say 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -62,6 +62,21 @@ def state_shapes(optimizer: OptimizerName, shape: Shape) -> dict[str, Shape]:
     if len(shape) < 2:
         return {"variance": shape}
     return {"row_var": (*shape[:-1], 1), "col_var": (*shape[:-2], 1, shape[-1])}
+
+
+def named_state(
+    optimizer: OptimizerName, arrays: Mapping[str, Any], shape_of: Callable[[str], Shape]
+) -> Iterator[tuple[str, str, Any]]:
+    """(parameter, key, array) of what a checkpoint names `parameter|key`.
+
+    Raises: RuntimeError for what this optimizer does not keep of a parameter of that shape; what `shape_of` raises.
+    """
+    for key, array in arrays.items():
+        name, _, part = key.rpartition("|")
+        wanted = state_shapes(optimizer, shape_of(name))
+        if wanted.get(part) != array.shape:
+            raise RuntimeError(f"{key} is {array.shape}, not {wanted.get(part)}")
+        yield name, part, array
 
 
 def state_floats(optimizer: OptimizerName, shape: Shape) -> int:

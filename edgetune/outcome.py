@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import platform
-from importlib import metadata
-
 import msgspec
 
-from edgetune import cost
+from edgetune import cost, system
 from edgetune.cost import ViTShape
 from edgetune.data import DataFolder
 from edgetune.job import TrainingState
@@ -54,7 +51,7 @@ def make_report(outcome: Outcome) -> RunReport:
         backend=outcome.backend,
         seed=outcome.settings.seed,
         threads=plan.threads,
-        versions=_versions(),
+        versions=system.versions(PACKAGES),
         stopped_because=outcome.stopped,
         notes=outcome.notes,
         verdict=verdict_line(
@@ -122,13 +119,3 @@ def make_report(outcome: Outcome) -> RunReport:
         flops_share=state.flops / flops_full if flops_full else None,
         tokens_share=state.token_share_sum / state.step if state.step else None,
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

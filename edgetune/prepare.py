@@ -12,7 +12,7 @@ import msgspec
 
 from edgetune import system
 from edgetune.cost import ViTShape
-from edgetune.data import DataFolder, Preprocess, bundled_sample, class_weights, open_folder
+from edgetune.data import DataFolder, Preprocess, bundled_sample, class_weights, open_folder, some
 from edgetune.enforce import by_rlimit, rehearse
 from edgetune.engines import Built, engine_of
 from edgetune.errors import DoesNotFit, UsageError
@@ -299,7 +299,3 @@ def settings_of_plan(settings: RunSettings, plan: Plan) -> RunSettings:
         half_frozen=plan.half_frozen,
         threads=plan.threads,
     )
-
-
-def some(names: tuple[str, ...], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -5,7 +5,7 @@ No product goes through numpy's BLAS, which keeps 5 MiB for good once it is used
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,7 @@ def told_right(
     """
     centred = (features - features.mean(axis=0)).astype(np.float32)
     if standardised:
-        spread = centred.std(axis=0)
-        centred /= np.where(spread > 1e-6 * max(1e-30, float(spread.max())), spread, 1.0)
+        centred /= _scale(centred.std(axis=0))
     norms = np.einsum("id,id->i", centred, centred)
     distances = np.maximum(norms[:, None] + norms[None, :] - 2 * np.einsum("id,jd->ij", centred, centred), 0.0)
     distances = distances.astype(np.float64) / max(float(np.median(distances)), 1e-30)
@@ -51,6 +50,11 @@ def told_right(
                 best = correct
     assert best is not None
     return best
+
+
+def _scale(spread: Any) -> Any:
+    """What features of these standard deviations (D,) are divided by: one that never changes stays as it is."""
+    return np.where(spread > 1e-6 * max(1e-30, float(spread.max())), spread, 1.0)
 
 
 def one_hot(labels: npt.NDArray[np.int64], classes: int | None = None) -> Array:
@@ -109,8 +113,7 @@ class RidgeClassifier:
         """
         count, mean, share = self._count, self._sum / self._count, self._targets / self._count
         products = self._products / count - mean[:, None] * mean[None, :]
-        spread = np.sqrt(np.maximum(np.diag(products), 0.0))
-        spread = np.where(spread > 1e-6 * max(1e-30, float(spread.max())), spread, 1.0)
+        spread = _scale(np.sqrt(np.maximum(np.diag(products), 0.0)))
         products /= spread[:, None] * spread[None, :]
         cross = (self._cross / count - mean[:, None] * share[None, :]) / spread[:, None]
         kept = (np.concatenate(self._kept) - mean) / spread  # (N, D)

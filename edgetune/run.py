@@ -18,12 +18,13 @@ from edgetune import devices, system
 from edgetune import settings as settings_module
 from edgetune.backends.base import Backend
 from edgetune.checkpoint import create_run_folder, open_run_folder
+from edgetune.data import some
 from edgetune.engines import Built
 from edgetune.errors import CapExceeded, RunFolderError
 from edgetune.guard import Guard, guarded, memory_ends
 from edgetune.job import Listener
 from edgetune.memory import MemoryMeter
-from edgetune.prepare import Setup, build, looks, prepare, reserved_bytes, settings_of_plan, some, warm_up
+from edgetune.prepare import Setup, build, looks, prepare, reserved_bytes, settings_of_plan, warm_up
 from edgetune.replay import forget
 from edgetune.report import RunReport, read_report
 from edgetune.selections import read_selections

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -72,6 +73,19 @@ def total_ram_bytes(root: Path = ROOT) -> int:
     total = meminfo(root).get("MemTotal") or int(psutil.virtual_memory().total)
     limit, _ = cgroup_memory(root)
     return total if limit is None else min(total, limit)
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Python's version, and those of the packages that are installed, without importing them."""
+    from importlib import metadata
+
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def available_ram_bytes(root: Path = ROOT, cgroups: Iterable[Path] | None = None) -> int:

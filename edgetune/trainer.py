@@ -292,7 +292,6 @@ def _parts(job: Job) -> Generator[_Part, None, None]:
                 loaded = load(job, job.train_images, part, epoch, "train")
                 yield _Part(step, start + size >= len(indices), loaded)
 
-    # timm's augmentation draws from global generators, so it must run between steps, in this thread.
     return prefetch(produce(), depth=batches_ahead(job, training=True))
 
 

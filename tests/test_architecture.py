@@ -67,7 +67,7 @@ ARROWS: dict[str, set[str]] = {
         "backends", "checkpoint", "cost", "data", "errors", "job", "methods", "planner", "report", "settings", "units",
     },
     "outcome": {
-        "cost", "data", "errors", "job", "judge", "memory", "planner", "report", "settings", "store", "units",
+        "cost", "data", "errors", "job", "judge", "memory", "planner", "report", "settings", "store", "system", "units",
     },
     "inference": {
         "backends", "checkpoint", "cost", "data", "errors", "memory", "report", "settings", "store", "system", "units", "vit",
@@ -82,7 +82,7 @@ ARROWS: dict[str, set[str]] = {
         "replay", "report", "selections", "settings", "store", "trainer", "units",
     },
     "run": {
-        "backends", "checkpoint", "devices", "engines", "errors", "guard", "job", "memory", "prepare", "replay", "report", "selections", "session",
+        "backends", "checkpoint", "data", "devices", "engines", "errors", "guard", "job", "memory", "prepare", "replay", "report", "selections", "session",
         "settings", "splits", "system", "store",
     },
     # What people type.

@@ -18,7 +18,8 @@ from edgetune.backends.base import Backend, Images, Labels, StepResult
 from edgetune.backends.pytorch import TorchBackend, warm_up
 from edgetune.cost import Selection
 from edgetune.optim import STATE_KEYS, OptimizerName, OptimizerSettings
-from edgetune.vit.loop import named_regions, region_of
+from edgetune.regions import region_of
+from edgetune.vit.loop import named_regions
 
 DEPTH, CLASSES, TOKENS = 4, 3, 16
 ALL = Selection((True,) * DEPTH, (TOKENS,) * DEPTH, embeddings_train=True)

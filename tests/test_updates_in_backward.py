@@ -21,7 +21,7 @@ from edgetune.backends.base import StepResult
 from edgetune.backends.pytorch import TorchBackend
 from edgetune.cost import Recompute, Selection
 from edgetune.optim import OptimizerName, OptimizerSettings
-from edgetune.vit.loop import region_of
+from edgetune.regions import region_of
 
 OPTIMIZERS: tuple[OptimizerName, ...] = get_args(OptimizerName)
 DEPTH = 3

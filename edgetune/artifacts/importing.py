@@ -12,9 +12,8 @@ from edgetune.artifacts.manifest import Manifest, Variant
 from edgetune.artifacts.reading import check_files, read_manifest
 from edgetune.checkpoint import load_tensors, save_tensors, write_atomically
 from edgetune.checkpoint.files import disk_errors
+from edgetune.cost import FLOAT_BYTES
 from edgetune.errors import ArtifactsError, RunFolderError
-
-FLOAT_BYTES = 4
 
 
 def import_parameters(buffer: Path, artifacts: Path, output: Path, variant: str | None = None) -> list[str]:

@@ -13,14 +13,16 @@ import msgspec
 
 from edgetune import cost
 from edgetune.artifacts.manifest import Manifest, Measured, MeasuredPeak, Variant, cuts
-from edgetune.cost import FLOAT_BYTES, Recompute, Selection, StepSetup
+from edgetune.cost import FLOAT_BYTES, Recompute, Selection
 from edgetune.errors import ArtifactsError, DoesNotFit, UsageError
 from edgetune.planner import CachedPrefix, Plan, PlanRequest, ceilings, format_cap, process_bytes
 from edgetune.planner.choices import check, micro_batches
-from edgetune.planner.phases import READ_BYTES, WRITE_BYTES, fit_bytes, kept_free_bytes
+from edgetune.planner.phases import READ_BYTES, WRITE_BYTES, fit_bytes, kept_free_bytes, largest_batch
 from edgetune.planner.prefix import cached_prefix
-from edgetune.planner.tokens import ceiling_ratios, floor_of
-from edgetune.planner.values import MAX_EVALUATION_BATCH, PREFETCHED_BATCHES, Lossy, accumulation_of
+from edgetune.planner.search import plan_of
+from edgetune.planner.setups import ever_trained_blocks, setup_of
+from edgetune.planner.tokens import ceiling_ratios
+from edgetune.planner.values import PREFETCHED_BATCHES, Lossless, Lossy, accumulation_of
 from edgetune.units import format_bytes
 
 
@@ -124,7 +126,7 @@ def _training_bytes(request: PlanRequest, choice: Choice) -> int:
     return (
         _peak_at(measured.train, size, share)
         + cost.optimizer_bytes(
-            shape, request.optimizer, _ever_trained(request, choice.lossy), choice.lossy.embeddings_train
+            shape, request.optimizer, ever_trained_blocks(request, choice.lossy), choice.lossy.embeddings_train
         )
         + cost.update_scratch_bytes(shape, request.optimizer, True, choice.lossy.embeddings_train)
         + _beside(request, choice, size)
@@ -133,7 +135,7 @@ def _training_bytes(request: PlanRequest, choice: Choice) -> int:
 
 def _evaluation_bytes(request: PlanRequest, choice: Choice, size: int) -> int:
     state = cost.optimizer_bytes(
-        request.shape, request.optimizer, _ever_trained(request, choice.lossy), choice.lossy.embeddings_train
+        request.shape, request.optimizer, ever_trained_blocks(request, choice.lossy), choice.lossy.embeddings_train
     )
     gradients = cost.trained_parameters(
         request.shape, request.shape.depth - choice.variant.split_block, choice.lossy.embeddings_train
@@ -171,22 +173,13 @@ def _caches(request: PlanRequest, choice: Choice) -> bool:
 
 
 def _evaluation_batch(request: PlanRequest, choice: Choice, training: int) -> int:
-    size = MAX_EVALUATION_BATCH
-    while size > 1 and max(_evaluation_bytes(request, choice, size), _fitting_bytes(request, choice, size)) > training:
-        size //= 2
-    return size
+    return largest_batch(
+        training, lambda size: max(_evaluation_bytes(request, choice, size), _fitting_bytes(request, choice, size))
+    )
 
 
 def _cache_batch(request: PlanRequest, choice: Choice, training: int) -> int:
-    size = MAX_EVALUATION_BATCH
-    while size > 1 and _caching_bytes(request, choice, size) > training:
-        size //= 2
-    return size
-
-
-def _ever_trained(request: PlanRequest, lossy: Lossy) -> int:
-    keeps_all = request.space.draws and lossy.keeps_state
-    return request.shape.depth - lossy.split_block if keeps_all else lossy.trained_blocks
+    return largest_batch(training, lambda size: _caching_bytes(request, choice, size))
 
 
 def _measured(variant: Variant) -> Measured:
@@ -243,54 +236,25 @@ def _no_such_variant(manifest: Manifest, request: PlanRequest) -> str:
 def _finish(
     manifest: Manifest, request: PlanRequest, choice: Choice, phases: dict[str, int], refused: tuple[Choice, int] | None
 ) -> Plan:
-    shape, space, lossy = request.shape, request.space, choice.lossy
-    depth = shape.depth
+    lossy, depth = choice.lossy, request.shape.depth
     peak = max(phases.values())
     training = _training_bytes(request, choice)
     prefix = cached_prefix(request, lossy)
+    lossless = Lossless(choice.micro_batch, (Recompute.NOTHING,) * depth, Recompute.NOTHING, False)
     worst = Selection(tuple(block >= depth - lossy.trained_blocks for block in range(depth)), lossy.token_ceiling)
-    setup = StepSetup(
-        micro_batch=choice.micro_batch,
-        accumulation=accumulation_of(request, choice.micro_batch),
-        optimizer=request.optimizer,
-        ever_trained_blocks=_ever_trained(request, lossy),
-        cached_blocks=prefix.blocks if prefix is not None and prefix.whole else 0,
-        pooled=prefix is not None and prefix.whole and prefix.pooled,
-        may_prune=space.prunes_tokens,
-    )
-    step = msgspec.structs.replace(cost.step_cost(shape, worst, setup), peak_bytes=training)
-    return Plan(
-        model=shape.name,
-        method=space.name,
-        optimizer=request.optimizer,
-        split_block=lossy.split_block,
-        trained_blocks=lossy.trained_blocks,
-        ever_trained_blocks=_ever_trained(request, lossy),
-        embeddings_train=lossy.embeddings_train,
-        draws=space.draws,
-        token_ceiling=lossy.token_ceiling,
-        token_floor=floor_of(request, lossy.split_block),
-        batch_size=request.batch_size,
-        micro_batch=choice.micro_batch,
-        accumulation=accumulation_of(request, choice.micro_batch),
-        recompute=(Recompute.NOTHING,) * depth,
-        recompute_frozen=Recompute.NOTHING,
-        updates_in_backward=False,
-        keeps_state=lossy.keeps_state,
-        half_frozen=False,
+    # Torch's arithmetic tells the parts from one another; their peak is what was measured.
+    setup = msgspec.structs.replace(setup_of(request, lossy, lossless), threads=1)
+    step = msgspec.structs.replace(cost.step_cost(request.shape, worst, setup), peak_bytes=training)
+    return plan_of(
+        request,
+        lossy,
+        lossless,
+        step,
+        phases,
         evaluation_batch=_evaluation_batch(request, choice, training),
-        prefix=prefix,
         cache_batch=_cache_batch(request, choice, training) if prefix is not None else 1,
-        overlaps=request.overlaps,
         memory_binds=refused is not None,
-        threads=request.threads,
-        kept_free_bytes=kept_free_bytes(request, lossy),
-        cap_bytes=request.cap_bytes,
-        runtime_bytes=request.runtime_bytes,
-        predicted=step,
-        predicted_peak_bytes=peak,
-        predicted_phase_bytes=phases,
-        predicted_step_seconds=None,
+        step_seconds=None,
         explanation=tuple(_explained(request, choice, peak, prefix, refused)),
     )
 

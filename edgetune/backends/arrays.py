@@ -98,16 +98,15 @@ class ArrayTensor:
         return self
 
     def addcmul_(self, one: ArrayTensor, other: ArrayTensor, value: float) -> ArrayTensor:
-        for own, first, buffer, second in _pieces(self.values, one.values, other.values):
-            np.multiply(first, np.float32(value), out=buffer)
-            np.multiply(buffer, second, out=buffer)
-            np.add(own, buffer, out=own)
-        return self
+        return self._add_combined(np.multiply, one, other, value)
 
     def addcdiv_(self, one: ArrayTensor, other: ArrayTensor, value: float) -> ArrayTensor:
+        return self._add_combined(np.divide, one, other, value)
+
+    def _add_combined(self, combine: np.ufunc, one: ArrayTensor, other: ArrayTensor, value: float) -> ArrayTensor:
         for own, first, buffer, second in _pieces(self.values, one.values, other.values):
             np.multiply(first, np.float32(value), out=buffer)
-            np.divide(buffer, second, out=buffer)
+            combine(buffer, second, out=buffer)
             np.add(own, buffer, out=own)
         return self
 

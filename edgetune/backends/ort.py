@@ -23,7 +23,7 @@ from edgetune.backends.ort_runtime import inference, session_options, training_a
 from edgetune.checkpoint.tensors import open_tensors
 from edgetune.cost import Selection
 from edgetune.errors import ArtifactsError, DataError, UnsupportedModel
-from edgetune.optim import Optimizer, OptimizerSettings, state_shapes
+from edgetune.optim import Optimizer, OptimizerSettings, named_state
 from edgetune.regions import region_of, trains
 
 Floats = npt.NDArray[np.float32]
@@ -304,11 +304,9 @@ class OrtBackend:
             else:
                 self._changed.pop(name, None)
         self.optimizer.state = {} if optimizer else self.optimizer.state
-        for key, array in optimizer.items():
-            name, _, part = key.rpartition("|")
-            wanted = state_shapes(self.optimizer.settings.name, tuple(self._stored[name].shape))
-            if wanted.get(part) != array.shape:
-                raise RuntimeError(f"{key} is {array.shape}, not {wanted.get(part)}")
+        for name, part, array in named_state(
+            self.optimizer.settings.name, optimizer, lambda name: tuple(self._stored[name].shape)
+        ):
             self.optimizer.state.setdefault(name, {})[part] = ArrayTensor(np.array(array, np.float32))
         if optimizer or steps:
             self.optimizer.steps = dict(steps)

@@ -16,9 +16,10 @@ from torch import Tensor
 from edgetune.backends.base import Array, Images, Labels, StepResult
 from edgetune.cost import Recompute, Selection
 from edgetune.errors import UnsupportedModel
-from edgetune.optim import Optimizer, OptimizerSettings, state_shapes
+from edgetune.optim import Optimizer, OptimizerSettings, named_state
+from edgetune.regions import region_of, trains
 from edgetune.vit.half import store_half
-from edgetune.vit.loop import apply_selection, forward, prefix, region_of, summaries, trains
+from edgetune.vit.loop import apply_selection, forward, prefix, summaries
 
 
 class TorchBackend:
@@ -248,11 +249,9 @@ class TorchBackend:
                 # torch warns of memory that can't be written to, as a file's bytes can't.
                 own[name].copy_(torch.from_numpy(np.require(array, requirements="W")))
         self.optimizer.state = {}
-        for key, array in optimizer.items():
-            name, _, part = key.rpartition("|")
-            wanted = state_shapes(self.optimizer.settings.name, tuple(own[name].shape))
-            if wanted.get(part) != array.shape:
-                raise RuntimeError(f"{key} is {array.shape}, not {wanted.get(part)}")
+        for name, part, array in named_state(
+            self.optimizer.settings.name, optimizer, lambda name: tuple(own[name].shape)
+        ):
             self.optimizer.state.setdefault(name, {})[part] = torch.from_numpy(
                 np.require(array, requirements=["W", "O"])
             )

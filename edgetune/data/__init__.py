@@ -14,6 +14,7 @@ from edgetune.data.folders import (
     class_weights,
     open_folder,
     open_for_evaluation,
+    some,
 )
 from edgetune.data.images import (
     ImageHeader,
@@ -52,6 +53,7 @@ __all__ = [
     "prefetch",
     "resize_and_crop",
     "shown",
+    "some",
     "stratified_split",
     "timm_augment",
 ]

@@ -117,6 +117,11 @@ def open_folder(
     return _folder(classes, train, val, notes, bad, how)
 
 
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first few class names, in words."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def class_names(root: str | os.PathLike[str]) -> tuple[str, ...]:
     """The classes that `open_folder` would find, in its order; no image is opened. Raises: DataError as there."""
     path = os.fspath(root)

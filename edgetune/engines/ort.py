@@ -11,7 +11,7 @@ from edgetune.artifacts import plan as planning
 from edgetune.artifacts.manifest import Manifest, variant_at
 from edgetune.artifacts.reading import check_files, paths_of, read_manifest
 from edgetune.cost import ViTShape
-from edgetune.data import DataFolder, Preprocess
+from edgetune.data import DataFolder, Preprocess, some
 from edgetune.engines.base import Built, ClassWeights
 from edgetune.errors import DataError
 from edgetune.optim import OptimizerSettings
@@ -44,8 +44,8 @@ def fitted(settings: RunSettings, data: DataFolder) -> DataFolder:
     if manifest.classes:
         if data.classes != manifest.classes:
             raise DataError(
-                f"the images have other classes than the artifacts: {_some(data.classes)} instead of "
-                f"{_some(manifest.classes)}. Export with --data, or with --classes {len(data.classes)} to name them here."
+                f"the images have other classes than the artifacts: {some(data.classes)} instead of "
+                f"{some(manifest.classes)}. Export with --data, or with --classes {len(data.classes)} to name them here."
             )
         return data
     if len(data.classes) > count:
@@ -56,10 +56,6 @@ def fitted(settings: RunSettings, data: DataFolder) -> DataFolder:
     spare = tuple(f"unused {number}" for number in range(len(data.classes) + 1, count + 1))
     notes = (*data.notes, f"{len(spare)} of the artifacts' {count} classes stay unused") if spare else data.notes
     return msgspec.structs.replace(data, classes=data.classes + spare, notes=notes)
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def load_copies(settings: RunSettings, shape: ViTShape) -> float:

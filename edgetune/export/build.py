@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from edgetune import system
 from edgetune.alast import AlastSettings
 from edgetune.artifacts.manifest import (
     MANIFEST_FILE,
@@ -34,6 +34,7 @@ from edgetune.errors import EdgetuneError
 from edgetune.methods import DRAWN_SHARE, adaptive_obstacle
 from edgetune.optim import OptimizerSettings
 from edgetune.planner import TOKEN_MULTIPLE, default_token_floor
+from edgetune.regions import region_of, trains
 
 REQUEST_FILE, ERROR_FILE, PARITY_FILE, WEIGHTS_FILE = "request.json", "error.txt", "parity.json", "model.safetensors"
 PREDICTED_BATCH = 8
@@ -81,6 +82,7 @@ def build(folder: Path, request: ExportRequest) -> tuple[Manifest, Any]:
 
 def write_artifacts(folder: Path, loaded: Any, shape: ViTShape, request: ExportRequest) -> Manifest:
     """Graphs, checkpoints and weights of a `LoadedModel`; the manifest, which is not written yet."""
+    from edgetune.export.graphs import IR_VERSION, OPSET
     from edgetune.export.training import write_optimizers
     from edgetune.vit.models import timm_config
 
@@ -99,9 +101,9 @@ def write_artifacts(folder: Path, loaded: Any, shape: ViTShape, request: ExportR
         ways.insert(0, (0, True))
     variants = tuple(_variant(folder, model, shape, split, embeddings, prunes=prunes) for split, embeddings in ways)
     return Manifest(
-        opset=_opset(),
-        ir_version=_ir_version(),
-        versions=_versions(),
+        opset=OPSET,
+        ir_version=IR_VERSION,
+        versions=system.versions(PACKAGES),
         model=request.model,
         architecture=loaded.architecture,
         model_args=loaded.model_args,
@@ -139,7 +141,6 @@ def _variant(folder: Path, model: Any, shape: ViTShape, split: int, embeddings: 
     import onnx
 
     from edgetune.export import graphs, training
-    from edgetune.vit.loop import region_of
 
     name = variant_name(split, shape.depth, embeddings_train=embeddings)
     (folder / name).mkdir()
@@ -158,7 +159,7 @@ def _variant(folder: Path, model: Any, shape: ViTShape, split: int, embeddings: 
     space = Selection(
         tuple(block >= split for block in range(shape.depth)), (shape.patch_tokens,) * shape.depth, embeddings
     )
-    trained = {each for each in dict(model.named_parameters()) if _trains(region_of(each), space)}
+    trained = {each for each in dict(model.named_parameters()) if trains(region_of(each), space)}
     own = {tensor.name: tuple(tensor.dims) for tensor in suffix.graph.initializer}
     training.write_training(suffix, folder / name, sorted(trained & own.keys()))
     order = _graph_order(folder / name / training.TRAINING, own)
@@ -189,12 +190,6 @@ def _variant(folder: Path, model: Any, shape: ViTShape, split: int, embeddings: 
             ),
         ),
     )
-
-
-def _trains(region: str | int, space: Selection) -> bool:
-    from edgetune.regions import trains
-
-    return trains(region, space)
 
 
 def _inputs(graph: Any) -> tuple[Input, ...]:
@@ -274,28 +269,6 @@ def _notes(model: Any) -> list[str]:
     return [
         f"the graphs drop nothing at random, though the model would: {', '.join(random[:3])} and the like are left out"
     ]
-
-
-def _opset() -> int:
-    from edgetune.export.graphs import OPSET
-
-    return OPSET
-
-
-def _ir_version() -> int:
-    from edgetune.export.graphs import IR_VERSION
-
-    return IR_VERSION
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

@@ -155,7 +155,7 @@ def caching_live_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
     return _loaded_bytes(request, lossy) + _forward_bytes(request, lossy, batch) + out + WRITE_BYTES
 
 
-def _largest_batch(most_live_bytes: int, live_bytes: Callable[[int], int]) -> int:
+def largest_batch(most_live_bytes: int, live_bytes: Callable[[int], int]) -> int:
     """The largest power of two that stays under what training needs anyway."""
     batch = MAX_EVALUATION_BATCH
     while batch > 1 and live_bytes(batch) > most_live_bytes:
@@ -165,14 +165,14 @@ def _largest_batch(most_live_bytes: int, live_bytes: Callable[[int], int]) -> in
 
 def evaluation_batch(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> int:
     """The largest power of two whose evaluation stays under what training needs anyway."""
-    return _largest_batch(training_live_bytes, lambda batch: _evaluated_bytes(request, lossy, batch))
+    return largest_batch(training_live_bytes, lambda batch: _evaluated_bytes(request, lossy, batch))
 
 
 def cache_batch(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> int:
     """Images that go through the prefix at once while the cache is made."""
     # What loading takes anyway is no more than what is there.
     most = max(training_live_bytes, *other_live_bytes(request, lossy).values())
-    return _largest_batch(most, lambda batch: caching_live_bytes(request, lossy, batch))
+    return largest_batch(most, lambda batch: caching_live_bytes(request, lossy, batch))
 
 
 def other_live_bytes(request: PlanRequest, lossy: Lossy) -> dict[str, int]:

@@ -24,9 +24,9 @@ from edgetune.planner.phases import (
     training_live_bytes,
 )
 from edgetune.planner.prefix import cached_prefix, pays
-from edgetune.planner.setups import setup_of
+from edgetune.planner.setups import ever_trained_blocks, setup_of
 from edgetune.planner.tokens import floor_of
-from edgetune.planner.values import Lossless, Lossy, Plan, PlanRequest
+from edgetune.planner.values import Lossless, Lossy, Plan, PlanRequest, accumulation_of
 from edgetune.planner.ways import Ways, seconds_of
 from edgetune.planner.worst import worst_draw
 from edgetune.units import format_bytes
@@ -117,47 +117,24 @@ def _refused(request: PlanRequest, lossy: Lossy, needs: tuple[int, Lossless]) ->
 
 
 def _finish(request: PlanRequest, lossy: Lossy, lossless: Lossless, refused: Refused | None) -> Plan:
-    shape, space = request.shape, request.space
     live, worst = worst_draw(request, lossy, lossless)
     setup = setup_of(request, lossy, lossless)
-    step: StepCost = step_cost(shape, worst, setup)
+    step: StepCost = step_cost(request.shape, worst, setup)
     resting = Ways(request, lossy).resting_bytes(lossless)
     training = training_live_bytes(request, lossy, lossless.micro_batch, live, resting)
     predicted = phases(request, lossy, training)
     seconds = seconds_of(request, lossy, lossless)
     peak = max(predicted.values())
-    return Plan(
-        model=shape.name,
-        method=space.name,
-        optimizer=request.optimizer,
-        split_block=lossy.split_block,
-        trained_blocks=lossy.trained_blocks,
-        ever_trained_blocks=setup.ever_trained_blocks,
-        embeddings_train=lossy.embeddings_train,
-        draws=space.draws,
-        token_ceiling=lossy.token_ceiling,
-        token_floor=floor_of(request, lossy.split_block),
-        batch_size=request.batch_size,
-        micro_batch=lossless.micro_batch,
-        accumulation=setup.accumulation,
-        recompute=lossless.recompute,
-        recompute_frozen=lossless.recompute_frozen,
-        updates_in_backward=lossless.updates_in_backward,
-        keeps_state=lossy.keeps_state,
-        half_frozen=request.half_frozen,
+    return plan_of(
+        request,
+        lossy,
+        lossless,
+        step,
+        predicted,
         evaluation_batch=evaluation_batch(request, lossy, training),
-        prefix=cached_prefix(request, lossy),
         cache_batch=cache_batch(request, lossy, training),
-        overlaps=request.overlaps,
         memory_binds=refused is not None,
-        kept_free_bytes=kept_free_bytes(request, lossy),
-        threads=request.threads,
-        cap_bytes=request.cap_bytes,
-        runtime_bytes=request.runtime_bytes,
-        predicted=step,
-        predicted_peak_bytes=peak,
-        predicted_phase_bytes=predicted,
-        predicted_step_seconds=seconds if request.peak_flops_per_s else None,
+        step_seconds=seconds if request.peak_flops_per_s else None,
         explanation=explain(
             request,
             lossy,
@@ -167,6 +144,56 @@ def _finish(request: PlanRequest, lossy: Lossy, lossless: Lossless, refused: Ref
             faster=_faster(request, lossy, lossless, seconds),
             refused=None if refused is None else (refused.lossy, refused.lossless, refused.peak_bytes),
         ),
+    )
+
+
+def plan_of(
+    request: PlanRequest,
+    lossy: Lossy,
+    lossless: Lossless,
+    step: StepCost,
+    phases: dict[str, int],
+    *,
+    evaluation_batch: int,
+    cache_batch: int,
+    memory_binds: bool,
+    step_seconds: float | None,
+    explanation: tuple[str, ...],
+) -> Plan:
+    """These choices as the plan of a run. `phases`: predicted peak of the process in each, bytes."""
+    return Plan(
+        model=request.shape.name,
+        method=request.space.name,
+        optimizer=request.optimizer,
+        split_block=lossy.split_block,
+        trained_blocks=lossy.trained_blocks,
+        ever_trained_blocks=ever_trained_blocks(request, lossy),
+        embeddings_train=lossy.embeddings_train,
+        draws=request.space.draws,
+        token_ceiling=lossy.token_ceiling,
+        token_floor=floor_of(request, lossy.split_block),
+        batch_size=request.batch_size,
+        micro_batch=lossless.micro_batch,
+        accumulation=accumulation_of(request, lossless.micro_batch),
+        recompute=lossless.recompute,
+        recompute_frozen=lossless.recompute_frozen,
+        updates_in_backward=lossless.updates_in_backward,
+        keeps_state=lossy.keeps_state,
+        half_frozen=request.half_frozen,
+        evaluation_batch=evaluation_batch,
+        prefix=cached_prefix(request, lossy),
+        cache_batch=cache_batch,
+        overlaps=request.overlaps,
+        memory_binds=memory_binds,
+        kept_free_bytes=kept_free_bytes(request, lossy),
+        threads=request.threads,
+        cap_bytes=request.cap_bytes,
+        runtime_bytes=request.runtime_bytes,
+        predicted=step,
+        predicted_peak_bytes=max(phases.values()),
+        predicted_phase_bytes=phases,
+        predicted_step_seconds=step_seconds,
+        explanation=explanation,
     )
 
 

@@ -14,9 +14,7 @@ def setup_of(request: PlanRequest, lossy: Lossy, lossless: Lossless) -> StepSetu
         micro_batch=lossless.micro_batch,
         accumulation=accumulation_of(request, lossless.micro_batch),
         optimizer=request.optimizer,
-        ever_trained_blocks=shape.depth - lossy.split_block
-        if space.draws and lossy.keeps_state
-        else lossy.trained_blocks,
+        ever_trained_blocks=ever_trained_blocks(request, lossy),
         updates_in_backward=lossless.updates_in_backward,
         half_blocks=min(lossy.split_block, shape.depth) if request.half_frozen and not cached else 0,
         threads=request.threads,
@@ -24,6 +22,12 @@ def setup_of(request: PlanRequest, lossy: Lossy, lossless: Lossless) -> StepSetu
         cached_blocks=0 if cached is None else cached.blocks,
         pooled=cached is not None and cached.pooled,
     )
+
+
+def ever_trained_blocks(request: PlanRequest, lossy: Lossy) -> int:
+    """Blocks whose optimizer state there is: all that may be drawn, where state is kept."""
+    keeps_all = request.space.draws and lossy.keeps_state
+    return request.shape.depth - lossy.split_block if keeps_all else lossy.trained_blocks
 
 
 def setup_of_plan(plan: Plan, *, may_prune: bool = False) -> StepSetup:

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from edgetune.cost import Recompute, Selection
 from edgetune.errors import UnsupportedModel
-from edgetune.regions import EMBEDDING_NAMES as EMBEDDING_NAMES
-from edgetune.regions import region_of as region_of
-from edgetune.regions import trains as trains
+from edgetune.regions import region_of, trains
 from edgetune.vit.recompute import run_recomputed
 
 

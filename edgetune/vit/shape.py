@@ -12,7 +12,8 @@ from torch import nn
 from edgetune.cost import ViTShape
 from edgetune.cost.probed import ProbedPart
 from edgetune.errors import UnsupportedModel
-from edgetune.vit.loop import EMBEDDING_NAMES, embed, named_regions, region_of, run_block
+from edgetune.regions import EMBEDDING_NAMES, region_of
+from edgetune.vit.loop import embed, named_regions, run_block
 from edgetune.vit.probe import Stream, is_transposed, probe_block, probe_embed, probe_head
 from edgetune.vit.recompute import has_mlp_half
 

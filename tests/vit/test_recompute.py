@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from edgetune.cost import Recompute, Selection
+from edgetune.regions import region_of, trains
 from edgetune.vit import loop
-from edgetune.vit.loop import apply_selection, forward, region_of, trains
+from edgetune.vit.loop import apply_selection, forward
 from edgetune.vit.recompute import has_mlp_half, recomputed
 
 LARGE = ("deit_tiny", "vit_base", "clip", "siglip", "hybrid, group norm", "hybrid, batch norm", "parallel things")
