@@ -16,8 +16,10 @@ import msgspec
 
 from edgetune import devices, system
 from edgetune import settings as settings_module
+from edgetune.artifacts.reading import read_manifest
 from edgetune.backends.base import Backend
 from edgetune.checkpoint import create_run_folder, open_run_folder
+from edgetune.checkpoint.tensors import open_tensors
 from edgetune.data import some
 from edgetune.engines import Built
 from edgetune.errors import CapExceeded, RunFolderError
@@ -82,6 +84,8 @@ def finetune(
             with meter.phase("load"), memory_ends("loading the model", guard):
                 built = build(setup, meter, pretrained=settings.pretrained)
                 backend = built.backend
+                if settings.replay is not None:
+                    _begin_as(Path(settings.replay), backend)
             if looks(setup.settings, setup.request, len(setup.data.train.paths), replay=stored_plan is not None):
                 with meter.phase("look"), memory_ends("looking for the split", guard):
                     setup = decide(setup, backend, listener)
@@ -158,20 +162,28 @@ def settings_of_replay(run: Path, own: RunSettings) -> RunSettings:
     """A run's settings for doing its steps again: all that decides what is computed is the run's, where and from what it
     is computed is `own`.
 
-    Raises: RunFolderError if the folder is no run's.
+    Raises: RunFolderError if the folder is no run's; ArtifactsError if the artifacts that it began from are gone.
     """
     stored, plan = read_stored(run), read_plan(run / PLAN_FILE)
     draws = plan.method not in ("full", "head")
+    there = stored.settings
+    model, weights, image_px = there.model, there.weights, there.image_px
+    if own.backend == "ort":
+        model, weights, image_px = own.model, None, None
+    elif there.artifacts is not None:
+        # The run's folder says what model it is of, the artifacts hold the weights that it began from.
+        folder = Path(there.artifacts)
+        model, weights = f"local-dir:{run}", str(folder / read_manifest(folder).weights)
     return msgspec.structs.replace(
-        stored.settings,
-        model=own.model if own.backend == "ort" else stored.settings.model,
+        there,
+        model=model,
         backend=own.backend,
         artifacts=own.artifacts,
-        weights=stored.settings.weights if own.backend == "torch" else None,
-        image_px=stored.settings.image_px if own.backend == "torch" else None,
-        pretrained=stored.settings.pretrained or own.backend == "ort",
+        weights=weights,
+        image_px=image_px,
+        pretrained=there.pretrained or own.backend == "ort",
         replay=str(run),
-        data=stored.settings.data if own.data is None else own.data,
+        data=there.data if own.data is None else own.data,
         device=own.device,
         ram_cap_bytes=own.ram_cap_bytes,
         enforce=own.enforce,
@@ -193,11 +205,27 @@ def settings_of_replay(run: Path, own: RunSettings) -> RunSettings:
     )
 
 
+def _begin_as(run: Path, backend: Backend) -> None:
+    """A new classifier is drawn by the seed; a run from artifacts began with theirs."""
+    artifacts = read_stored(run).settings.artifacts
+    if artifacts is None or not backend.has_linear_head:
+        return
+    manifest = read_manifest(Path(artifacts))
+    if manifest.classifier is not None:
+        there = open_tensors(Path(artifacts) / manifest.weights, manifest.files[manifest.weights].sha256)
+        backend.set_head(there[f"{manifest.classifier}.weight"], there[f"{manifest.classifier}.bias"])
+
+
 def _check_replayed(run: Path, setup: Setup) -> None:
     """Raises: RunFolderError if the steps of another run can't be done again: other images, other blocks, too few."""
     stored, selections = read_stored(run), read_selections(run)
     if images_sha256(setup.data) != stored.images_sha256:
         raise RunFolderError(f"the images are not those of {run}. Give its own images with --data.")
+    if setup.data.classes != stored.classes:
+        raise RunFolderError(
+            f"{run} tells {len(stored.classes)} classes apart, spare ones of its artifacts included; here they are "
+            f"{len(setup.data.classes)}. Export with --classes {len(setup.data.classes)} to compare the two."
+        )
     depth, tokens = setup.shape.depth, setup.shape.patch_tokens
     if any((len(each.trains), each.tokens[0]) != (depth, tokens) for each in selections):
         raise RunFolderError(

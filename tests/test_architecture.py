@@ -82,7 +82,7 @@ ARROWS: dict[str, set[str]] = {
         "replay", "report", "selections", "settings", "store", "trainer", "units",
     },
     "run": {
-        "backends", "checkpoint", "data", "devices", "engines", "errors", "guard", "job", "memory", "prepare", "replay", "report", "selections", "session",
+        "artifacts", "backends", "checkpoint", "data", "devices", "engines", "errors", "guard", "job", "memory", "prepare", "replay", "report", "selections", "session",
         "settings", "splits", "system", "store",
     },
     # What people type.

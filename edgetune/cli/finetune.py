@@ -514,9 +514,7 @@ def finetune(
                     raise UsageError(f"the plan settles {_flags(settled)}: leave it out, or leave --plan out.")
                 from edgetune import run
 
-                settings = _settings(given)
-                if replay is not None:
-                    settings = _replayed(replay, given, plan, settings)
+                settings = _settings(given) if replay is None else _replayed(replay, given, plan)
                 report = run.finetune(settings, output=output, plan_file=plan, listener=terminal)
         except EdgetuneError as error:
             if isinstance(error.report, RunReport):
@@ -560,22 +558,23 @@ def _resume(folder: Path, given: dict[str, Any], output: Path | None, plan: Path
     return run.resume(folder, data=given.get("data"), listener=terminal)
 
 
-def _replayed(replay: Path, given: dict[str, Any], plan: Path | None, own: RunSettings) -> RunSettings:
-    settled = set(given) - OF_THE_HOST - ({"model"} if own.backend == "ort" else set()) | ({"plan"} if plan else set())
+def _replayed(replay: Path, given: dict[str, Any], plan: Path | None) -> RunSettings:
+    settled = set(given) - OF_THE_HOST | ({"plan"} if plan else set())
     if settled:
         raise UsageError(f"the run that is replayed settles {_flags(settled)}: leave it out.")
     from edgetune.run import settings_of_replay
 
-    return settings_of_replay(Path(_absolute(str(replay))), own)
+    return settings_of_replay(Path(_absolute(str(replay))), _settings(given))
 
 
 def _flags(names: set[str]) -> str:
     return ", ".join(f"--{FLAGS.get(name, name.replace('_', '-'))}" for name in sorted(names))
 
 
-def _settings(given: dict[str, Any]) -> RunSettings:
+def _settings(asked: dict[str, Any]) -> RunSettings:
     from edgetune.settings import RunSettings
 
+    given = dict(asked)
     if given.get("backend") == "ort" and "artifacts" in given:
         from edgetune.artifacts.reading import read_manifest
 

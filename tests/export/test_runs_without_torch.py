@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 from doubles import make_images
-from running import SECONDS, cli, environment, losses
+from running import SECONDS, Witness, cli, environment, finetune, interrupt_after, losses, resume
 
 pytest.importorskip("torch", reason="torch makes the artifacts, and the run to compare with")
 import timm
 
 from edgetune.artifacts.reading import read_manifest
+from edgetune.backends.ort import OrtBackend
 from edgetune.checkpoint import load_tensors
-from edgetune.report import read_report
+from edgetune.errors import Interrupted
+from edgetune.report import RunReport, read_report
 from edgetune.selections import SELECTIONS_FILE, read_selections
 from edgetune.units import MIB
 
@@ -118,10 +120,68 @@ def test_a_torch_run_is_replayed_from_artifacts_with_its_losses(
     assert max(abs(one[name] - other[name]).max() for name in one) < 1e-4
 
 
-def test_a_run_from_artifacts_is_replayed_by_torch(trained: Path, tiny_model: Path, tmp_path: Path) -> None:
-    done = cli("finetune", "--replay", trained, "--model", "x", "--output", tmp_path / "no")
+def ort_run(artifacts: Path, images: Path, output: Path, listener: Witness | None = None, **more: Any) -> RunReport:
+    """Twelve steps of the upper two blocks, in this process."""
+    return finetune(
+        images, output, listener, model="tiny", device="auto", backend="ort", artifacts=str(artifacts), split_block=2, steps=12,
+        checkpoint_every=3, seed=2, **more,
+    )  # fmt: skip
+
+
+def test_a_run_from_artifacts_is_replayed_by_torch(artifacts: Path, images: Path, tmp_path: Path) -> None:
+    """Its folder says which model it is of, and its artifacts hold the weights that it began from."""
+    ort_run(artifacts, images, tmp_path / "ort", optimizer="sgd", head_first=False, cache_precision="float32")
+    done = cli("finetune", "--replay", tmp_path / "ort", "--threads", "1", "--quiet", "--output", tmp_path / "torch")
+    assert done.returncode == 0, done.stderr
+    assert read_report(tmp_path / "torch").backend == "pytorch"
+    here, there = losses(tmp_path / "ort"), losses(tmp_path / "torch")
+    assert len(here) == len(there) == 12
+    for (_, loss, rate), (_, other_loss, other_rate) in zip(here, there, strict=True):
+        assert rate == other_rate
+        assert float(other_loss) == pytest.approx(float(loss), abs=1e-4)
+    done = cli("finetune", "--replay", tmp_path / "ort", "--model", "x", "--output", tmp_path / "no")
     assert done.returncode == 2
     assert "settles --model" in done.stderr
+
+
+@pytest.mark.parametrize("step", [2, 6, 9])
+def test_a_run_from_artifacts_that_was_stopped_ends_with_the_same_bits(
+    artifacts: Path, images: Path, tmp_path: Path, step: int
+) -> None:
+    ort_run(artifacts, images, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        ort_run(artifacts, images, tmp_path / "stopped", interrupt_after(step))
+    report = resume(tmp_path / "stopped")
+    assert (report.backend, report.steps, report.stopped_because) == ("onnxruntime", 12, "finished")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    whole, stopped = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
+    assert whole == stopped
+
+
+def test_a_step_from_artifacts_that_ran_out_of_memory_is_done_again_under_a_tighter_plan(
+    artifacts: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ort_run(artifacts, images, tmp_path / "calm", batch_size=40)
+    original, left = OrtBackend.step, [1]
+
+    def failing(self: OrtBackend, *args: Any, **more: Any) -> Any:
+        if left[0] and len(losses(tmp_path / "short")) == 4:
+            left[0] -= 1
+            # As onnxruntime's arena says it.
+            raise RuntimeError(
+                "BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 4096"
+            )
+        return original(self, *args, **more)
+
+    monkeypatch.setattr(OrtBackend, "step", failing)
+    report = ort_run(artifacts, images, tmp_path / "short", batch_size=40)
+    assert left == [0]
+    assert (report.steps, report.stopped_because, report.within_cap) == (12, "finished", True)
+    assert len(report.tightenings) == 1
+    assert all(told.startswith("step 5: memory ran out (BFCArena") for told in report.tightenings)
+    calm, short = losses(tmp_path / "calm"), losses(tmp_path / "short")
+    assert short[:4] == calm[:4]
+    assert [(number, rate) for number, _, rate in short] == [(number, rate) for number, _, rate in calm]
 
 
 @pytest.mark.parametrize(
