@@ -35,7 +35,9 @@ def node() -> str:
     found = shutil.which("node")
     if found is None:
         pytest.skip(f"no node: {INSTALL}")
-    major = int(subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout[1:].split(".")[0])
+    major = int(
+        subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout[1:].split(".")[0]
+    )
     if major < 18:
         pytest.skip(f"node {major} is too old, 18 is needed")
     return found

@@ -15,7 +15,19 @@ from edgetune import alast
 from edgetune.data.preprocess import Preprocess, normalise, resize_and_crop, resized_size
 from edgetune.planner.tokens import rounded_up
 
-SIZES = [(32, 32), (28, 28), (97, 61), (61, 97), (640, 481), (33, 1500), (1500, 20), (3, 5), (1, 1), (257, 256), (90, 200)]
+SIZES = [
+    (32, 32),
+    (28, 28),
+    (97, 61),
+    (61, 97),
+    (640, 481),
+    (33, 1500),
+    (1500, 20),
+    (3, 5),
+    (1, 1),
+    (257, 256),
+    (90, 200),
+]
 # Up to 12, Pillow always resized rows first; the page does as the newest does.
 COLUMNS_FIRST_SINCE = 13
 PILLOW = int(PIL.__version__.split(".")[0])
@@ -30,7 +42,9 @@ def asked(preprocess: Preprocess) -> dict[str, Any]:
     return {name: getattr(preprocess, name) for name in preprocess.__struct_fields__}
 
 
-def test_resizing_and_cropping_are_pillows_to_the_bit_for_every_filter_mode_and_shape(core: Any, tmp_path: Path) -> None:
+def test_resizing_and_cropping_are_pillows_to_the_bit_for_every_filter_mode_and_shape(
+    core: Any, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
     pictures, wanted = [], []
     for number, (width, height) in enumerate(SIZES):
@@ -41,7 +55,9 @@ def test_resizing_and_cropping_are_pillows_to_the_bit_for_every_filter_mode_and_
         file.write_bytes(pixels.tobytes())
         for way in WAYS:
             for height_px, width_px in ((32, 32), (24, 40)):
-                preprocess = Preprocess(height_px, width_px, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), **way)
+                preprocess = Preprocess(
+                    height_px, width_px, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), **way
+                )
                 new_width, new_height = resized_size((width, height), preprocess)
                 columns_first = height - new_height > 2 * max(0, width - new_width)
                 if columns_first and PILLOW < COLUMNS_FIRST_SINCE:

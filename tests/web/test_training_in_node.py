@@ -79,7 +79,9 @@ def test_five_sgd_steps_are_torchs(
     np.testing.assert_allclose(found["logits"], side.evaluate(images_of(batches[0])), atol=1e-4)
 
 
-@pytest.mark.parametrize(("variant", "tokens"), [("all", PRUNED_FROM_THE_START), ("upper-2", PLAIN), ("upper-2", PRUNED)])
+@pytest.mark.parametrize(
+    ("variant", "tokens"), [("all", PRUNED_FROM_THE_START), ("upper-2", PLAIN), ("upper-2", PRUNED)]
+)
 def test_five_adamw_steps_have_torchs_losses(
     core: Any, ort_web: Path, artifacts: Path, manifest: Manifest, tmp_path: Path, variant: str, tokens: list[list[int]]
 ) -> None:
@@ -188,7 +190,9 @@ SETTINGS = {
 def looped(core: Any, ort_web: Path, artifacts: Path, folder: Path, name: str, **changes: Any) -> Any:
     rng = np.random.default_rng(0)
     labels = [0, 1] * 6
-    images = rng.standard_normal((12, 3, 32, 32), np.float32) * 0.3 + np.asarray(labels, np.float32)[:, None, None, None]
+    images = (
+        rng.standard_normal((12, 3, 32, 32), np.float32) * 0.3 + np.asarray(labels, np.float32)[:, None, None, None]
+    )
     images.tofile(folder / "images")
     settings = {**SETTINGS, **changes.pop("settings", {})}
     return core(
