@@ -229,11 +229,12 @@ def import_params(
     artifacts: Annotated[Path, _option("--artifacts", help="The folder that was trained from.")],
     output: Annotated[Path, _option("--output", "-o", help="Run folder to write; new or empty.")],
     variant: Annotated[str | None, _option("--variant", help="Which; default: the one of that size.")] = None,
+    labels: Annotated[Path | None, _option("--labels", help="Names of the classes, one a line.")] = None,
 ) -> None:
     """A model folder from the parameters that a phone or a page hands back."""
     from edgetune.artifacts.importing import import_parameters
 
-    for line in import_parameters(buffer, artifacts, output, variant):
+    for line in import_parameters(buffer, artifacts, output, variant, labels):
         _print(line)
 
 

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,68 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(package, reason="the export extra makes artifacts")
     folder = tmp_path_factory.mktemp("web")
     return export_tiny(make_tiny_model(folder / "model"), folder / "artifacts", checked=False)
+
+
+@pytest.fixture(scope="session")
+def page_folder(artifacts: Path, ort_web: Path) -> Path:
+    """The artifacts with a page. Its 16 patch tokens are dropped one by one, not in eights, so that something is pruned."""
+    import msgspec
+
+    from edgetune.artifacts.reading import read_manifest
+    from edgetune.checkpoint import write_atomically
+    from edgetune.web.folder import PageSettings, write_page
+
+    folder = artifacts.parent / "page"
+    shutil.copytree(artifacts, folder)
+    manifest = read_manifest(folder)
+    assert manifest.adaptive is not None
+    manifest = msgspec.structs.replace(manifest, adaptive=msgspec.structs.replace(manifest.adaptive, token_multiple=1))
+    write_atomically(folder / "manifest.json", msgspec.json.encode(manifest))
+    write_page(folder, manifest, PageSettings(cap_bytes=64 * 2**20, device="a phone of the tests"), ort_web)
+    return folder
+
+
+Browser = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def browser(node: str) -> Browser:
+    """Do acts of browser.mjs with a folder's page; what each found. Nothing may be asked of any other place."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip(f"no Chromium: {INSTALL}")
+    if not (PACKAGES / "playwright-core").is_dir():
+        pytest.skip(f"npm's playwright-core is not in {PACKAGES}: {INSTALL}")
+
+    def run(folder: Path, *acts: dict[str, Any], scheme: str = "light") -> list[Any]:
+        with served(folder) as url:
+            request = {"url": url, "packages": PACKAGES, "chromium": chromium, "scheme": scheme, "acts": acts}
+            done = subprocess.run(
+                [node, "--no-warnings", str(HERE / "browser.mjs")],
+                input=json.dumps(request, default=str),
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        assert answer["strangers"] == []
+        assert answer["complaints"] == []
+        found: list[Any] = answer["found"]
+        return found
+
+    return run
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    from edgetune.web.server import HOST, server
+
+    with server(folder, 0) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"http://{HOST}:{running.server_address[1]}/"
+        finally:
+            running.shutdown()
+            thread.join()

@@ -170,5 +170,5 @@ async function opened(artifacts, ortWeb, capMib) {
 
 const answer = await jobs[process.argv[2]](JSON.parse(fs.readFileSync(0, "utf8")));
 // JSON has no NaN, which is what a lost step's loss is.
-fs.writeSync(1, JSON.stringify(answer, (_, value) => (Number.isNaN(value) ? "NaN" : value)));
-process.exit(0);
+const text = JSON.stringify(answer, (_, value) => (Number.isNaN(value) ? "NaN" : value));
+process.stdout.write(text, () => process.exit(0));

@@ -3,11 +3,12 @@
 import { camera } from "./camera.js";
 import { PageError } from "./core/errors.js";
 import { microBatch, neededBytes, preferred } from "./core/plan.js";
-import { stepsOf } from "./core/train.js";
+import { heldOut, stepsOf } from "./core/train.js";
 import { Pictures } from "./pictures.js";
 import { at, curve, draw, duration, guesses, mib, percent, save, show } from "./view.js";
 import { Work } from "./work.js";
 
+const SEED = 0;
 const SGD_TIMES = 100; // SGD's default rate is so many times AdamW's
 // Of a runtime that has loaded nothing: it begins with so much.
 const RUNTIME_BYTES = 20 * 2 ** 20;
@@ -21,12 +22,7 @@ const work = new Work(told);
 
 function say(error) {
   const notice = at("notice");
-  notice.replaceChildren();
-  for (const text of [error.message ?? String(error)]) {
-    const line = document.createElement("p");
-    line.textContent = text;
-    notice.append(line);
-  }
+  notice.textContent = error.message ?? String(error);
   show(notice, true);
   notice.scrollIntoView({ block: "nearest" });
   if (!(error instanceof PageError)) console.error(error);
@@ -76,6 +72,7 @@ async function open() {
   pictures = new Pictures(manifest, {
     prepare: (file) => work.call("prepare", { blob: file, name: file.name }),
     failed: say,
+    begun: () => show(at("notice"), false),
     changed: () => pictures && plan(),
     shoot: (taken) => doing(() => camera(taken))(),
   });
@@ -124,16 +121,23 @@ function setRate() {
 
 function settings() {
   const chosen = document.querySelector("[name=variant]:checked");
-  const batch = Math.max(1, Math.min(Number(at("batch").value) || 1, Math.max(1, pictures.items.length)));
+  const learnt = learning();
+  const batch = Math.max(1, Math.min(Math.trunc(Number(at("batch").value)) || 1, Math.max(1, learnt)));
   return {
     variant: chosen?.value,
-    epochs: Number(at("epochs").value) || 1,
+    epochs: Math.max(1, Math.trunc(Number(at("epochs").value)) || 1),
     optimizer: at("optimizer").value,
     rate: Number(at("rate").value),
     batch,
     prunes: at("prunes").checked && manifest.adaptive !== null,
-    seed: 0,
+    seed: SEED,
   };
+}
+
+// How many pictures are learnt from: the others are kept aside.
+function learning() {
+  const labels = pictures.items.map((item) => item.label);
+  return labels.length - heldOut(labels, SEED).size;
 }
 
 // What fits under the cap, and why training can't begin yet.
@@ -155,10 +159,11 @@ function plan() {
     wanted.variant = best.name;
   }
   const lacking = pictures.lacking || (fits.get(wanted.variant) ? "" : "No part of this model fits under the cap.");
-  const { perEpoch, total } = stepsOf(pictures.items.length, wanted);
+  const { perEpoch, total } = stepsOf(learning(), wanted);
   const size = fits.get(wanted.variant);
   const cut = size < wanted.batch ? `, in parts of ${size} to fit the cap` : "";
-  at("plan").textContent = lacking || `${total} steps of ${wanted.batch} pictures${cut}: ${perEpoch} in each epoch.`;
+  at("plan").textContent =
+    lacking || `${total} steps, ${perEpoch} in each epoch, of ${wanted.batch} pictures at most${cut}.`;
   at("train").disabled = running || lacking !== "";
   return { ...wanted, microBatch: Math.max(1, size) };
 }

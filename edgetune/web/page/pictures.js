@@ -4,9 +4,10 @@ import { described } from "./core/preprocess.js";
 import { at, draw, show } from "./view.js";
 
 export class Pictures {
-  // `prepare(file)` -> {rgb, width, height}; `failed(error)`; `changed()` after every change; `shoot(taken)`: the camera.
-  constructor(manifest, { prepare, failed, changed, shoot }) {
-    Object.assign(this, { manifest, prepare, failed, changed, shoot });
+  // `prepare(file)` -> {rgb, width, height}; `failed(error)`; `begun()` before pictures are added, `changed()` after
+  // every change; `shoot(taken)`: the camera.
+  constructor(manifest, { prepare, failed, begun, changed, shoot }) {
+    Object.assign(this, { manifest, prepare, failed, begun, changed, shoot });
     this.classes = []; // {name, items: [{id, name, rgb, width, height}], element}
     this.nextId = 1;
     this.shown = null;
@@ -72,6 +73,7 @@ export class Pictures {
   }
 
   async add(own, files) {
+    this.begun();
     for (const file of files) {
       try {
         const found = await this.prepare(file);
@@ -88,6 +90,7 @@ export class Pictures {
     const button = document.createElement("button");
     const canvas = document.createElement("canvas");
     draw(canvas, item.rgb, this.manifest.preprocess);
+    canvas.ariaHidden = "true"; // the button has the name
     button.type = "button";
     button.append(canvas);
     button.setAttribute("aria-label", `${item.name}: what the model sees`);

@@ -32,14 +32,16 @@ const files = (path) => checkedFile(manifest, path, fetched);
 
 async function runtime() {
   if (ort) return ort;
-  const response = await fetch(new URL("ort/ort.training.wasm.min.mjs", ROOT), { method: "HEAD" });
-  if (!response.ok) {
+  capRuntimeMemory(budget);
+  let loaded;
+  try {
+    loaded = await import(new URL("ort/ort.training.wasm.min.mjs", ROOT).href);
+  } catch {
     throw new PageError(
-      "The page lacks its runtime (folder ort). `edgetune serve` prints the two lines that get and add it.",
+      "The page's runtime can't be loaded (folder ort). `edgetune serve` prints the two lines that get and add it.",
+      { fatal: true },
     );
   }
-  capRuntimeMemory(budget);
-  const loaded = await import(new URL("ort/ort.training.wasm.min.mjs", ROOT).href);
   loaded.env.wasm.wasmPaths = new URL("ort/", ROOT).href;
   loaded.env.wasm.numThreads = threads();
   ort = loaded;

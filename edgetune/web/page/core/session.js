@@ -7,6 +7,9 @@ import { allTokens } from "./tokens.js";
 import { parameterCount, streamFloats, streamShape } from "./manifest.js";
 import { withSchedule } from "./schedule.js";
 
+// SGD's graph has an output without a shape, of which the runtime would warn in every step.
+const QUIET = { logSeverityLevel: 3 };
+
 // Each image's share of the step's loss, put on its class.
 export function targetsOf(labels, classes, images) {
   const targets = new Float32Array(labels.length * classes);
@@ -32,7 +35,7 @@ export async function openTraining(ort, files, manifest, variant, { optimizer, s
     optimizerModel: withSchedule(await files(graphs.scheduled), schedule),
   };
   const guarded = (doing, work) => guard(doing, budget, work);
-  const session = await guarded("loading what trains", () => ort.TrainingSession.create(options));
+  const session = await guarded("loading what trains", () => ort.TrainingSession.create(options, QUIET));
   const wanted = variant.inputs.map((input) => input.name);
   if (session.trainingInputNames.join() !== wanted.join()) {
     throw new PageError(
@@ -45,7 +48,7 @@ export async function openTraining(ort, files, manifest, variant, { optimizer, s
   async function run(kind, stream, targets, tokens) {
     const feeds = feedsOf(ort, manifest, variant, stream, targets, tokens);
     const names = kind === "runEvalStep" ? session.evalOutputNames : session.trainingOutputNames;
-    const found = await session[kind](feeds);
+    const found = await session[kind](feeds, QUIET);
     return named(found, names, variant.outputs);
   }
 
@@ -71,7 +74,7 @@ export async function openTraining(ort, files, manifest, variant, { optimizer, s
             return { ...found, loss: NaN };
           }
         }
-        await session.runOptimizerStep();
+        await session.runOptimizerStep(QUIET);
         return { ...found, updated: true };
       }),
     // Logits, one Float32Array an image, on all tokens or on `tokens`.
