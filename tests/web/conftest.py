@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from exporting import export_tiny, make_tiny_model
+from serving import served
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parents[1]
@@ -121,17 +120,3 @@ def browser(node: str) -> Browser:
         return found
 
     return run
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    from edgetune.web.server import HOST, server
-
-    with server(folder, 0) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        try:
-            yield f"http://{HOST}:{running.server_address[1]}/"
-        finally:
-            running.shutdown()
-            thread.join()

@@ -13,6 +13,11 @@ const SGD_TIMES = 100; // SGD's default rate is so many times AdamW's
 // Of a runtime that has loaded nothing: it begins with so much.
 const RUNTIME_BYTES = 20 * 2 ** 20;
 
+// What can't be changed while it trains.
+const FROZEN =
+  "#settings input:not([name=variant]), #settings select, #classes input, #classes .row button, #add-class, #remove, " +
+  "#try-buttons button, #try-file, #take button";
+
 let opened, manifest, pictures; // of the folder
 let running = false;
 let kept = null; // what this browser keeps, in short
@@ -63,7 +68,7 @@ async function open() {
   manifest = opened.manifest;
   const { shape, preprocess } = manifest;
   at("model").textContent =
-    `Model: ${manifest.architecture}, ${shape.depth} blocks, pictures of ${preprocess.width_px} × ${preprocess.height_px} ` +
+    `Model: ${manifest.model.includes(":") ? manifest.architecture : manifest.model}, ${shape.depth} blocks, pictures of ${preprocess.width_px} × ${preprocess.height_px} ` +
     `pixels, up to ${shape.classes} classes.`;
   const cap = `Memory cap: ${mib(opened.capBytes)}${opened.page.device ? ` (${opened.page.device})` : ""}`;
   at("isolation").textContent = self.crossOriginIsolated
@@ -175,9 +180,7 @@ function setRunning(now) {
   show(at("stop"), now);
   show(at("train"), !now);
   show(at("go-on"), !now && goesOn());
-  for (const control of document.querySelectorAll("#settings input, #settings select, #classes button, #classes input")) {
-    if (control.name !== "variant") control.disabled = now;
-  }
+  for (const control of document.querySelectorAll(FROZEN)) control.disabled = now;
   at("bring-back").disabled = at("forget").disabled = now;
   plan();
 }
@@ -188,6 +191,7 @@ async function trainNow(asked, items, classNames, from) {
   losses = from ? losses : [];
   setRunning(true);
   show(at("kept"), false);
+  show(at("guess"), false); // of other parameters
   show(at("running"), true);
   show(at("curve-figure"), false);
   at("phase").textContent = "Loading the runtime";
@@ -278,6 +282,7 @@ async function bringBack() {
 // ------------------------------------------------------------------------------------------------------------- wiring
 
 async function guess(file) {
+  show(at("guess"), false);
   const found = await work.call("predict", { blob: file, name: file.name });
   draw(at("guess-canvas"), found.rgb, manifest.preprocess);
   const best = guesses(at("guess-list"), found.classNames, found.shares);

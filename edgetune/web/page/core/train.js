@@ -1,6 +1,7 @@
 // The training loop: what `docs/phones.md` has in words. Knows no page and no files.
 
 import { PageError } from "./errors.js";
+import { rounded } from "./preprocess.js";
 import { initialBudgets, allTokens, keptShare, moved, tokensOf } from "./tokens.js";
 import { streamFloats } from "./manifest.js";
 
@@ -15,14 +16,7 @@ export function stepsOf(images, { batch, epochs }) {
 
 export function scheduleOf(images, settings, stepsDone = 0) {
   const { total } = stepsOf(images, settings);
-  return { peakRate: settings.rate, warmupSteps: Math.round(WARMUP_SHARE * total), totalSteps: total, stepsDone };
-}
-
-// The rate of step `done` (from 0), as the graph computes it: for showing.
-export function rateAt(done, { peakRate, warmupSteps, totalSteps }) {
-  if (done < warmupSteps) return (peakRate * (done + 1)) / warmupSteps;
-  const share = Math.min(1, (done - warmupSteps) / Math.max(1, totalSteps - warmupSteps));
-  return (peakRate * (1 + Math.cos(Math.PI * share))) / 2;
+  return { peakRate: settings.rate, warmupSteps: rounded(WARMUP_SHARE * total), totalSteps: total, stepsDone };
 }
 
 // Places 0 to count-1 in the order of one epoch: a function of seed and epoch alone.
