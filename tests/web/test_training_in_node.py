@@ -270,3 +270,5 @@ def test_memory_over_the_cap_is_refused_in_words_and_the_heap_stays_under(
     assert "the cap is 40 MiB" in capped["memory"]["message"]
     assert capped["memory"]["fatal"]
     assert capped["heap_bytes"] <= 40 * 2**20
+    with pytest.raises(AssertionError, match=r"begins with 16 MiB and the cap is 8\.0 MiB"):
+        core("errors", artifacts=artifacts, ort=ort_web, cases=["memory"], cap_mib=8)

@@ -5,6 +5,8 @@ import { PageError, mebibytes } from "./errors.js";
 const WASM_PAGE_BYTES = 65536;
 export const RUNTIME_LIMIT_BYTES = 65535 * WASM_PAGE_BYTES; // of the runtime's own: 32-bit addresses
 
+const RUNTIME_START_BYTES = 256 * WASM_PAGE_BYTES;
+
 export class Budget {
   constructor(capBytes) {
     this.capBytes = Math.min(capBytes ?? RUNTIME_LIMIT_BYTES, RUNTIME_LIMIT_BYTES);
@@ -41,6 +43,13 @@ export class Budget {
 // Before the runtime is imported: it makes its memory with `new WebAssembly.Memory`, grows it by that object's `grow`,
 // and tells nobody how large it is.
 export function capRuntimeMemory(budget) {
+  if (budget.capBytes < RUNTIME_START_BYTES) {
+    throw new PageError(
+      `The runtime begins with ${mebibytes(RUNTIME_START_BYTES)} and the cap is ${mebibytes(budget.capBytes)}. ` +
+        "Export the page again with a larger --ram-cap.",
+      { fatal: true },
+    );
+  }
   const Plain = WebAssembly.Memory;
   function Memory(descriptor) {
     if (!descriptor.maximum) return new Plain(descriptor); // the runtime looks for the class of shared buffers so
