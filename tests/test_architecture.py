@@ -54,6 +54,7 @@ ARROWS: dict[str, set[str]] = {
         "alast", "artifacts", "backends", "checkpoint", "cost", "data", "errors", "memory", "methods", "optim", "planner",
         "regions", "store", "system", "units", "vit",
     },
+    "web": {"artifacts", "checkpoint", "errors"},
     # A run.
     "job": {"alast", "backends", "cost", "data", "errors", "methods", "planner", "report", "settings"},
     "replay": {"errors", "job", "planner", "units"},
@@ -88,7 +89,7 @@ ARROWS: dict[str, set[str]] = {
     # What people type.
     "cli": {
         "alast", "artifacts", "cost", "data", "devices", "enforce", "errors", "export", "inference", "job", "judge", "methods", "planner", "profiles",
-        "report", "run", "runtimes", "settings", "shapes", "system", "units", "vit",
+        "report", "run", "runtimes", "settings", "shapes", "system", "units", "vit", "web",
     },
     "__main__": {"cli", "errors"},
 }  # fmt: skip

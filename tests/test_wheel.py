@@ -16,7 +16,9 @@ LOADS = """
 import json, edgetune
 from edgetune import devices
 profile = devices.find_device("jetson-nano")
-print(json.dumps([edgetune.__file__, str(devices.bundled_dir()), profile.id, len(devices.list_devices())]))
+from edgetune.web.folder import PAGE
+page = sorted(path.relative_to(PAGE).as_posix() for path in PAGE.rglob("*") if path.is_file())
+print(json.dumps([edgetune.__file__, str(devices.bundled_dir()), profile.id, len(devices.list_devices()), page]))
 """
 
 
@@ -38,8 +40,10 @@ def test_a_profile_loads_from_the_installed_wheel(tmp_path: Path) -> None:
     # The folder named first wins over a checkout that this interpreter has installed in editable mode.
     environment = {"PYTHONPATH": str(target), "EDGETUNE_CONFIG_DIR": str(tmp_path / "config")}
     found = json.loads(run(sys.executable, "-c", LOADS, cwd=tmp_path, **environment))
-    package, profiles, device, count = found
+    package, profiles, device, count, page = found
     assert Path(package).is_relative_to(target)
     assert Path(profiles).is_relative_to(target)
     assert device == "jetson-nano"
     assert count == len(list((CHECKOUT / "device_profiles").glob("*.toml")))
+    own = CHECKOUT / "edgetune" / "web" / "page"
+    assert page == sorted(path.relative_to(own).as_posix() for path in own.rglob("*") if path.is_file())

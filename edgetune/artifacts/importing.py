@@ -13,21 +13,26 @@ from edgetune.artifacts.reading import check_files, read_manifest
 from edgetune.checkpoint import load_tensors, save_tensors, write_atomically
 from edgetune.checkpoint.files import disk_errors
 from edgetune.cost import FLOAT_BYTES
-from edgetune.errors import ArtifactsError, RunFolderError
+from edgetune.errors import ArtifactsError, DataError, RunFolderError
 
 
-def import_parameters(buffer: Path, artifacts: Path, output: Path, variant: str | None = None) -> list[str]:
+def import_parameters(
+    buffer: Path, artifacts: Path, output: Path, variant: str | None = None, labels: Path | None = None
+) -> list[str]:
     """Write `output` (new or empty): model.safetensors and config.json, which timm loads, and labels.txt.
 
     `buffer`: every parameter of a variant (or those that train) as little-endian float32, in the manifest's order.
-    `variant`: whose; by default the one whose size it has. Returns sentences on what was found.
+    `variant`: whose; by default the one whose size it has. `labels`: a file of class names, one a line, for classes that
+    were named on the device; spare ones keep their numbers. Returns sentences on what was found.
 
-    Raises: ArtifactsError for a buffer that fits no variant, or holds what is no number; RunFolderError.
+    Raises: ArtifactsError for a buffer that fits no variant, or holds what is no number; DataError for labels that don't
+    fit; RunFolderError.
     """
     manifest = read_manifest(artifacts)
     check_files(artifacts, manifest, (manifest.weights,))
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunFolderError(f"{output} is not empty. Name another folder for --output.")
+    classes = _classes(manifest, labels)
     with disk_errors(buffer, "read"):
         values = np.fromfile(buffer, "<f4")
         odd = buffer.stat().st_size % FLOAT_BYTES
@@ -50,16 +55,33 @@ def import_parameters(buffer: Path, artifacts: Path, output: Path, variant: str 
         start += size
     with disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-    classes = manifest.classes or tuple(f"class {number}" for number in range(manifest.shape.classes))
-    write_atomically(
-        output / "config.json", msgspec.json.format(msgspec.json.encode(manifest.config), indent=2) + b"\n"
-    )
+    config = {**manifest.config, "label_names": list(classes)}
+    write_atomically(output / "config.json", msgspec.json.format(msgspec.json.encode(config), indent=2) + b"\n")
     write_atomically(output / "labels.txt", "".join(f"{name}\n" for name in classes).encode("utf-8", "surrogateescape"))
     save_tensors(output / "model.safetensors", tensors, {"format": "pt"})
     return [
         f"{found.name}: {changed} of its {len(found.parameters)} parameters differ from the artifacts'",
         f"model folder: {output} (timm.create_model('local-dir:{output}', pretrained=True))",
     ]
+
+
+def _classes(manifest: Manifest, labels: Path | None) -> tuple[str, ...]:
+    """One name a logit."""
+    numbered = tuple(f"class {number}" for number in range(manifest.shape.classes))
+    if labels is None:
+        return manifest.classes or numbered
+    with disk_errors(labels, "read"):
+        try:
+            names = tuple(labels.read_text(encoding="utf-8").splitlines())
+        except UnicodeDecodeError as error:
+            raise DataError(f"{labels} is not UTF-8 text (byte {error.start}). Wanted: a class name a line.") from error
+    if not 1 <= len(names) <= len(numbered) or not all(names) or len(set(names)) < len(names):
+        raise DataError(
+            f"{labels} holds {len(names)} lines; wanted: 1 to {len(numbered)} class names, one a line, none twice or empty."
+        )
+    if manifest.classes and names != manifest.classes:
+        raise DataError(f"{labels} names other classes than the artifacts, which have theirs. Leave --labels out.")
+    return names + numbered[len(names) :]
 
 
 def _fitting(manifest: Manifest, floats: int, name: str | None, buffer: Path) -> tuple[Variant, bool]:

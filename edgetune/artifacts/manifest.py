@@ -17,6 +17,8 @@ from edgetune.errors import ArtifactsError
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+# The last release with training packages, whose checkpoints no other reads.
+RUNTIME_VERSION = "1.19.2"
 # What the runtime that trains can load, and nothing newer.
 MOST_OPSET, MOST_IR = 21, 10
 
@@ -123,7 +125,7 @@ class Manifest(_Value, frozen=True, kw_only=True):
 
     format_version: Literal[1] = 1
     kind: Literal["onnxruntime-training"] = "onnxruntime-training"
-    runtime: Annotated[str, _is("the version whose checkpoints these are")] = "1.19.2"
+    runtime: Annotated[str, _is("the version whose checkpoints these are")] = RUNTIME_VERSION
     opset: Annotated[int, msgspec.Meta(ge=1, le=MOST_OPSET)]
     ir_version: Annotated[int, msgspec.Meta(ge=1, le=MOST_IR)]
     versions: Annotated[dict[str, str], _is("of what exported it")]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from edgetune import __version__
-from edgetune.cli import devices, export, finetune, plan, use
+from edgetune.cli import devices, export, finetune, plan, serve, use
 
 EXIT_CODES = """Exit codes: 0 done; 1 what was named can't be used (data, weights, disk, profile file);
 2 the command line isn't understood (flag, value, unknown device or model name); 3 does not fit under the cap;
@@ -25,6 +25,7 @@ app.command("plan")(plan.plan)
 app.command("evaluate")(use.evaluate)
 app.command("predict")(use.predict)
 app.command("export")(export.export)
+app.command("serve")(serve.serve)
 app.command("import-params")(export.import_params)
 app.add_typer(devices.app, name="devices")
 

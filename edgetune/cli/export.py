@@ -1,4 +1,4 @@
-"""`edgetune export` and `edgetune import-params`: to a device without torch, and back."""
+"""`edgetune export` and `edgetune import-params`: to a device without torch (a browser too), and back."""
 
 from __future__ import annotations
 
@@ -59,11 +59,20 @@ def export(
         int | None, _option("--warmup-steps", min=0, max=10**9, help="Its linear start; default: a tenth.")
     ] = None,
     weight_decay: Annotated[float, typer.Option("--weight-decay", min=0.0, max=10.0, help="Of AdamW's graph.")] = 0.05,
+    web: Annotated[
+        Path | None, _option("--web", help="Folder for the artifacts and a page that trains from them.")
+    ] = None,
+    ort_web: Annotated[Path | None, _option("--ort-web", help="Where npm put onnxruntime-web, for the page.")] = None,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Don't compare with torch afterwards.")] = False,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of a new classifier's weights.")] = 0,
     threads: Annotated[int, typer.Option("--threads", min=1, max=1024, help="CPU threads.")] = 1,
 ) -> None:
     """Training artifacts for a device without torch, from a run or from a pretrained model."""
+    runtime = _page_runtime(web, ort_web, output, format)
+    if web is not None and (run, model, classes, data) == (None, None, None, None):
+        _write_page(web, device, ram_cap, runtime)  # beside artifacts that are there
+        return
+    output = web if output is None else output
     _check(run, output, model, weights, classes, data, format)
     assert output is not None
     if format is Format.onnx:
@@ -102,6 +111,42 @@ def export(
         _print(_row(variant))
     _print(f"artifacts: {output}")
     _print(f"train from them, without torch: edgetune finetune --backend ort --artifacts {output} --data DIR")
+    if web is not None:
+        _write_page(web, device, ram_cap, runtime)
+
+
+def _page_runtime(web: Path | None, ort_web: Path | None, output: Path | None, format: Format) -> Path | None:
+    """Where the page's runtime is, looked at before anything is exported."""
+    if web is None:
+        if ort_web is not None:
+            raise UsageError("--ort-web is for the page: name its folder with --web DIR.")
+        return None
+    if output is not None or format is not Format.ort:
+        raise UsageError("--web DIR holds the artifacts (--format ort) and the page: leave --output out.")
+    if ort_web is None:
+        return None
+    from edgetune.artifacts.manifest import RUNTIME_VERSION
+    from edgetune.web.folder import find_runtime
+
+    return find_runtime(ort_web, RUNTIME_VERSION)
+
+
+def _write_page(folder: Path, device: str | None, ram_cap: str | None, runtime: Path | None) -> None:
+    from edgetune.artifacts.reading import read_manifest
+    from edgetune.web.folder import PageSettings, has_runtime, npm_line, write_page
+
+    manifest = read_manifest(folder)
+    cap, name = _cap(device, ram_cap) or (None, None)
+    write_page(folder, manifest, PageSettings(cap_bytes=cap, device=name), runtime)
+    if not has_runtime(folder):
+        _print("the page lacks its runtime, three files of an npm package. Get and add them with:")
+        _print(f"  {npm_line(manifest.runtime)}")
+        _print(f"  edgetune export --web {folder} --ort-web ort-web" + _again(device, ram_cap))
+    _print(f"page: edgetune serve {folder}")
+
+
+def _again(device: str | None, ram_cap: str | None) -> str:
+    return "".join(f" {flag} {value}" for flag, value in (("--device", device), ("--ram-cap", ram_cap)) if value)
 
 
 def _check(
@@ -149,15 +194,24 @@ def _splits(text: str) -> tuple[int, ...]:
 
 def _room_bytes(device: str | None, ram_cap: str | None) -> int | None:
     """What a device has for training beside the runtime; None where nobody named a device or a cap."""
+    if (found := _cap(device, ram_cap)) is None:
+        return None
+    from edgetune import devices
+    from edgetune.judge import ASSUMED_ORT_BYTES, stated_runtime
+
+    stated = stated_runtime(devices.find_device(device or devices.AUTO), "ort")
+    return found[0] - (ASSUMED_ORT_BYTES if stated is None else stated.bytes)
+
+
+def _cap(device: str | None, ram_cap: str | None) -> tuple[int, str | None] | None:
+    """(the cap that was named, whose); None where nobody named a device or a cap."""
     if device is None and ram_cap is None:
         return None
     from edgetune import devices
-    from edgetune.judge import ASSUMED_ORT_BYTES, default_cap_bytes, stated_runtime
+    from edgetune.judge import default_cap_bytes
 
     profile = devices.find_device(device or devices.AUTO)
-    cap = parse_bytes(ram_cap) if ram_cap else default_cap_bytes(profile, "ort")
-    stated = stated_runtime(profile, "ort")
-    return cap - (ASSUMED_ORT_BYTES if stated is None else stated.bytes)
+    return parse_bytes(ram_cap) if ram_cap else default_cap_bytes(profile, "ort"), profile.name if device else None
 
 
 def _row(variant: Any) -> str:
@@ -175,11 +229,12 @@ def import_params(
     artifacts: Annotated[Path, _option("--artifacts", help="The folder that was trained from.")],
     output: Annotated[Path, _option("--output", "-o", help="Run folder to write; new or empty.")],
     variant: Annotated[str | None, _option("--variant", help="Which; default: the one of that size.")] = None,
+    labels: Annotated[Path | None, _option("--labels", help="Names of the classes, one a line.")] = None,
 ) -> None:
     """A model folder from the parameters that a phone or a page hands back."""
     from edgetune.artifacts.importing import import_parameters
 
-    for line in import_parameters(buffer, artifacts, output, variant):
+    for line in import_parameters(buffer, artifacts, output, variant, labels):
         _print(line)
 
 

@@ -12,7 +12,7 @@ from artifacts_cases import make_artifacts, tensors
 from edgetune.artifacts.importing import import_parameters
 from edgetune.artifacts.manifest import Manifest
 from edgetune.checkpoint import load_tensors
-from edgetune.errors import ArtifactsError, RunFolderError
+from edgetune.errors import ArtifactsError, DataError, RunFolderError
 
 
 @pytest.fixture
@@ -76,3 +76,25 @@ def test_nothing_is_overwritten_and_a_missing_buffer_is_named(manifest: Manifest
         import_parameters(tmp_path / "buffer", tmp_path / "artifacts", tmp_path / "artifacts")
     with pytest.raises(RunFolderError, match="missing"):
         import_parameters(tmp_path / "missing", tmp_path / "artifacts", tmp_path / "model")
+
+
+def test_classes_named_on_the_device_come_back_by_their_names(tmp_path: Path) -> None:
+    manifest = make_artifacts(tmp_path / "artifacts", classes=())
+    buffer_of(manifest, "head", tmp_path / "buffer")
+    labels = tmp_path / "labels.txt"
+    labels.write_text("wasp\nhornet\n")
+    import_parameters(tmp_path / "buffer", tmp_path / "artifacts", tmp_path / "model", labels=labels)
+    names = ["wasp", "hornet", "class 2"]  # a spare one keeps its number
+    assert (tmp_path / "model" / "labels.txt").read_text().splitlines() == names
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["label_names"] == names
+
+
+@pytest.mark.parametrize("text", ["", "a\na\n", "a\n\nb\n", "a\nb\nc\nd\n", "a\nb\n"])
+def test_names_that_do_not_fit_are_refused(manifest: Manifest, tmp_path: Path, text: str) -> None:
+    buffer_of(manifest, "head", tmp_path / "buffer")
+    (tmp_path / "labels.txt").write_text(text)
+    with pytest.raises(DataError, match=r"labels.txt (holds \d lines; wanted: 1 to 3|names other classes)"):
+        import_parameters(
+            tmp_path / "buffer", tmp_path / "artifacts", tmp_path / "model", labels=tmp_path / "labels.txt"
+        )
+    assert not (tmp_path / "model").exists()
