@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from edgetune.backends.base import Array, Images, Labels, StepResult
@@ -20,10 +19,11 @@ from edgetune.optim import Optimizer, OptimizerSettings, named_state
 from edgetune.regions import region_of, trains
 from edgetune.vit.half import store_half
 from edgetune.vit.loop import apply_selection, forward, prefix, summaries
+from edgetune.vit.plain import Architecture, VisionTransformer, build
 
 
 class TorchBackend:
-    """A timm ViT in training. The model's classes, keys and shapes stay what they are; only trained values change."""
+    """A ViT in training. The model's classes, keys and shapes stay what they are; only trained values change."""
 
     name = "pytorch"
 
@@ -325,7 +325,7 @@ def warm_up(optimizer: OptimizerSettings) -> None:
     What the process holds after it is the runtime; what comes later is training. (Kernels differ with the size of what
     they are given, so it is no smaller than it is.)
     """
-    model = VisionTransformer(img_size=64, patch_size=8, embed_dim=96, depth=2, num_heads=3, num_classes=10)
+    model = build(Architecture(img_size=64, patch_size=8, embed_dim=96, depth=2, num_heads=3), classes=10)
     backend = TorchBackend(model, optimizer)
     inputs, labels = np.zeros((4, 3, 64, 64), np.float32), np.zeros(4, np.int64)
     for parts, level, in_backward in ((1, Recompute.MLP, True), (2, Recompute.BLOCK, False)):

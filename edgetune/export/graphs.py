@@ -16,11 +16,11 @@ from typing import Any
 
 import onnx
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from edgetune.errors import UnsupportedModel
 from edgetune.vit.loop import class_attention, embed
+from edgetune.vit.plain import VisionTransformer
 
 # LayerNormalization is an operator of its own from opset 17 on, whose gradient ONNX Runtime 1.19.2 can't build.
 OPSET = 16

@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+from edgetune.vit.plain import VisionTransformer
 
 _MARK = "_edgetune_half"
 

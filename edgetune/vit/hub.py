@@ -20,8 +20,6 @@ def pretrained_file(config: Mapping[str, Any]) -> Path:
 
     Raises: LookupError if it names none; whatever the hub's client does.
     """
-    from timm.models._hub import download_cached_file
-
     hub_id, file, url = (config.get(key) for key in ("hf_hub_id", "file", "url"))
     if file and config.get("source") != "hf-hub":
         return Path(file)
@@ -29,6 +27,8 @@ def pretrained_file(config: Mapping[str, Any]) -> Path:
         return _hub_file(hub_id, config.get("hf_hub_filename") or WEIGHTS_NAME)
     if not url:
         raise LookupError(f"there are none of {config.get('architecture', 'this model')}")
+    from timm.models._hub import download_cached_file
+
     return Path(download_cached_file(url, check_hash=False))
 
 
@@ -36,14 +36,13 @@ def _hub_file(hub_id: str, filename: str) -> Path:
     """A repository's file of weights, in its safe form where it has one."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
-    from timm.models._hub import hf_split
 
-    repository, revision = hf_split(hub_id)
+    repository, _, revision = hub_id.partition("@")
     if filename.endswith(".bin"):
         safe_name = SAFE_NAMES.get(filename, f"{filename.removesuffix('.bin')}.safetensors")
         with suppress(EntryNotFoundError):
-            return Path(hf_hub_download(repository, safe_name, revision=revision))
-    return Path(hf_hub_download(repository, filename, revision=revision))
+            return Path(hf_hub_download(repository, safe_name, revision=revision or None))
+    return Path(hf_hub_download(repository, filename, revision=revision or None))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One explicit loop over a timm ViT's own blocks, in which freezing and token pruning are plain statements.
+"""One explicit loop over a ViT's own blocks, ours or timm's, in which freezing and token pruning are plain statements.
 
 No forward is copied and nothing of the model is changed: with all tokens kept, outputs and gradients equal plain timm's
 to the last bit (tests hold ten families to it). What overrides the parts this loop stands on is refused by name.
@@ -10,26 +10,27 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from edgetune.cost import Recompute, Selection
 from edgetune.errors import UnsupportedModel
 from edgetune.regions import region_of, trains
+from edgetune.vit.plain import VisionTransformer
 from edgetune.vit.recompute import run_recomputed
+from edgetune.vit.stock import is_vision_transformer, plain_forward
 
 
-def check_supported(model: nn.Module, name: str) -> VisionTransformer:
-    """The model as the type that the loop knows.
+def check_supported(model: Any, name: str) -> VisionTransformer:
+    """The model, as what the loop knows: ours, or one of timm's that has all that ours has.
 
     Raises: UnsupportedModel if it is another architecture, or one that runs its blocks in a way of its own.
     """
-    if not isinstance(model, VisionTransformer):
+    if not is_vision_transformer(model):
         raise UnsupportedModel(
             f"{name} is a {type(model).__name__}; edgetune trains timm's VisionTransformer family "
             "(vit_*, deit_*, deit3_*, *_dinov2, *_clip_* and the like). Try --model deit_tiny_patch16_224."
         )
-    if type(model).forward_features is not VisionTransformer.forward_features:
+    if not plain_forward(model):
         raise UnsupportedModel(
             f"{name} ({type(model).__name__}) runs its blocks in a way of its own, for which edgetune has no adapter. "
             "Try a plain vit_* or deit_* model."
@@ -44,7 +45,8 @@ def check_supported(model: nn.Module, name: str) -> VisionTransformer:
     channels = getattr(model, "in_chans", 3)
     if channels != 3:
         raise UnsupportedModel(f"{name} takes images of {channels} channels; edgetune feeds RGB.")
-    return model
+    supported: VisionTransformer = model
+    return supported
 
 
 def apply_selection(model: VisionTransformer, selection: Selection) -> None:

@@ -5,35 +5,33 @@ A model that gets weights is built without memory first, so that loading never h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import timm
 import torch
-from timm.data import resolve_model_data_config
-from timm.models.vision_transformer import VisionTransformer
 
 from edgetune.cost import ViTShape
 from edgetune.data import Preprocess
-from edgetune.errors import EdgetuneError, UnknownModel, UnsupportedModel, WeightsError
-from edgetune.shapes import check_image_size
+from edgetune.errors import WeightsError
+from edgetune.shapes import check_image_size, known_shape
+from edgetune.vit import stock
 from edgetune.vit.hub import hub_errors_at_once, pretrained_file
+from edgetune.vit.known import as_timm_has_it, described
 from edgetune.vit.loop import check_supported
 from edgetune.vit.names import (
     MICRO_FOLDER,
     MICRO_MODEL,
     ModelSource,
     is_hub_name,
-    known_names,
     local_folder,
     read_config,
-    timm_name,
     weights_file,
 )
+from edgetune.vit.plain import VisionTransformer, build
 from edgetune.vit.shape import shape_of
+from edgetune.vit.stock import known_names
 from edgetune.vit.weights import built_empty, classifier_names, load_all_weights, load_weights, reading_bytes
 
 __all__ = [
@@ -48,6 +46,7 @@ __all__ = [
     "load_copies",
     "load_model",
     "load_saved",
+    "needs_timm",
     "preprocess_of",
     "timm_config",
 ]
@@ -74,11 +73,7 @@ def load_model(source: ModelSource, classes: int) -> LoadedModel:
     if folder is not None:
         model_args.update(read_config(folder).get("model_args", {}))
     elif is_hub_name(source.name):
-        from timm.models import load_model_config_from_hf
-
-        # What the hub's config built it with, from the cache by now: the run folder's config has to build it too.
-        with hub_errors_at_once():
-            model_args.update(load_model_config_from_hf(source.name.split(":", 1)[1])[2] or {})
+        model_args.update(stock.hub_model_args(source.name))
     if source.weights is not None:
         load_weights(model, Path(source.weights))
     elif source.pretrained and folder is not None:
@@ -123,7 +118,7 @@ def _hub_weights(name: str, model: VisionTransformer) -> Path:
             return pretrained_file(model.pretrained_cfg)
     except Exception as error:
         raise WeightsError(
-            f"the pretrained weights of {name} can't be had from timm's hub ({_reason(error)}). "
+            f"the pretrained weights of {name} can't be had from timm's hub ({stock.reason(error)}). "
             "Give --weights FILE.safetensors, or --no-pretrained to start from random weights "
             "(which needs far more data), or connect to the network."
         ) from error
@@ -134,8 +129,23 @@ def describe(source: ModelSource, classes: int) -> tuple[ViTShape, Preprocess]:
 
     Raises: as `load_model`, but for what concerns weights.
     """
+    description = described(source)
+    if description is not None:
+        image_px = description.architecture.image_px
+        check_image_size(source.name, source.image_px, (description.architecture.patch_size,) * 2)
+        # A folder's config may change an architecture; the bundled one's is known.
+        named = source.name == MICRO_MODEL or local_folder(source.name) is None
+        shape = known_shape(source.name.split(".", maxsplit=1)[0], classes, image_px[0]) if named else None
+        if shape is not None and shape.image_px == image_px:
+            config = as_timm_has_it(description.config, description.name)
+            return msgspec.structs.replace(shape, name=source.name), _preprocess(config, image_px)
     model, shape = build_meta(source, classes)
     return shape, preprocess_of(model)
+
+
+def needs_timm(source: ModelSource) -> bool:
+    """Whether timm has to build the model. Raises: UnknownModel; WeightsError for a folder's damaged config."""
+    return described(source) is None
 
 
 def build_meta(source: ModelSource, classes: int) -> tuple[VisionTransformer, ViTShape]:
@@ -148,45 +158,18 @@ def build_meta(source: ModelSource, classes: int) -> tuple[VisionTransformer, Vi
 def _built(source: ModelSource, classes: int, *, empty: bool) -> VisionTransformer:
     """The model with random weights, or `empty` for weights to come; its classifier is for `classes`."""
 
-    def build() -> VisionTransformer:
-        return check_supported(_create(source, classes), source.name)
+    def create() -> VisionTransformer:
+        description = described(source)
+        if description is None:
+            return check_supported(stock.create(source, classes), source.name)
+        model = build(description.architecture, classes)
+        model.pretrained_cfg = as_timm_has_it(description.config, description.name)
+        model.pretrained_model_args = description.saved_args
+        return model
 
-    model = built_empty(build) if empty else build()
+    model = built_empty(create) if empty else create()
     check_image_size(source.name, source.image_px, model.patch_embed.patch_size)
     return model
-
-
-def _create(source: ModelSource, classes: int) -> torch.nn.Module:
-    name = timm_name(source.name)
-    size = {} if source.image_px is None else {"img_size": source.image_px}
-    try:
-        with hub_errors_at_once() if is_hub_name(name) else nullcontext():
-            model: torch.nn.Module = timm.create_model(name, num_classes=classes, **size)
-            return model
-    except EdgetuneError:
-        raise
-    except Exception as error:
-        if "Invalid pretrained tag" in str(error):
-            architecture = source.name.split(".", maxsplit=1)[0]
-            tags = timm.list_pretrained(f"{architecture}.*")
-            raise UnknownModel(
-                f"timm {timm.__version__} knows {architecture}, but not as {source.name}. "
-                f"Try {' or '.join([architecture, *tags[:6]])}."
-            ) from error
-        if is_hub_name(name):
-            raise UnknownModel(
-                f"the config of {source.name} can't be had from the hub ({_reason(error)}). Connect to the network, or "
-                "give a timm name or local-dir:FOLDER."
-            ) from error
-        raise UnsupportedModel(
-            f"timm can't build {source.name} as a classifier"
-            + (f" at {source.image_px} px" if source.image_px else "")
-            + f" ({_reason(error)}). Vision Transformers (vit_*, deit_*) can be trained."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 def preprocess_of(model: VisionTransformer) -> Preprocess:
@@ -194,17 +177,22 @@ def preprocess_of(model: VisionTransformer) -> Preprocess:
 
     Raises: WeightsError or DataError if the config's numbers can't be used.
     """
-    config = resolve_model_data_config(model)
-    height, width = (int(side) for side in (model.patch_embed.img_size or config["input_size"][1:]))
+    config = model.pretrained_cfg
+    height, width = model.patch_embed.img_size or config.get("input_size", (3, 224, 224))[1:]
+    return _preprocess(config, (int(height), int(width)))
+
+
+def _preprocess(config: Mapping[str, Any], image_px: tuple[int, int]) -> Preprocess:
+    """What timm's `resolve_data_config` makes of a `pretrained_cfg` (tests hold the two equal)."""
     try:
         return Preprocess(
-            height_px=height,
-            width_px=width,
-            interpolation=config["interpolation"],
-            crop_pct=float(config["crop_pct"]),
-            crop_mode=config["crop_mode"],
-            mean=_three(config["mean"]),
-            std=_three(config["std"]),
+            height_px=image_px[0],
+            width_px=image_px[1],
+            interpolation=config.get("interpolation") or "bicubic",
+            crop_pct=float(config.get("crop_pct") or 0.875),
+            crop_mode=config.get("crop_mode") or "center",
+            mean=_three(config.get("mean") or (0.485, 0.456, 0.406)),
+            std=_three(config.get("std") or (0.229, 0.224, 0.225)),
         )
     except (TypeError, ValueError) as error:
         raise WeightsError(f"the model's config holds a preprocessing that can't be used: {error}.") from error

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import timm
 
 from edgetune.errors import UnknownModel, WeightsError
 
@@ -23,35 +21,6 @@ class ModelSource(msgspec.Struct, frozen=True, kw_only=True):
     weights: str | None = None
     pretrained: bool = True
     image_px: int | None = None
-
-
-def known_names() -> list[str]:
-    """Names that `--model` takes: timm's Vision Transformers and the bundled model."""
-    return [MICRO_MODEL, *timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")]
-
-
-def timm_name(name: str) -> str:
-    """What `timm.create_model` takes for a name. Raises: UnknownModel; WeightsError for a folder's damaged config."""
-    folder = local_folder(name)
-    if folder is not None:
-        read_config(folder)
-        return f"local-dir:{folder}"
-    _check_name(name)
-    return name
-
-
-def _check_name(name: str) -> None:
-    if is_hub_name(name):
-        return
-    if timm.is_model(name.split(".", maxsplit=1)[0]):
-        return
-    known = known_names()
-    nearest = difflib.get_close_matches(name, known, n=3)
-    # `deit_tinny` is nearer to the start of deit_tiny_patch16_224 than to the whole of it.
-    starts = {other[: len(name)]: other for other in reversed(known)}
-    nearest += [starts[start] for start in difflib.get_close_matches(name, starts, n=3) if starts[start] not in nearest]
-    hint = f"Did you mean {' or '.join(nearest)}?" if nearest else f"Try {MICRO_MODEL} or deit_tiny_patch16_224."
-    raise UnknownModel(f"timm {timm.__version__} knows no model {name!r}. {hint}")
 
 
 def is_hub_name(name: str) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from edgetune.cost import Recompute
+from edgetune.vit.stock import kinds
 
 Run = Callable[[Tensor], Tensor]
 
@@ -96,9 +97,7 @@ def run_recomputed(block: nn.Module, tokens: Tensor, level: Recompute) -> Tensor
 
 def has_mlp_half(block: nn.Module) -> bool:
     """Whether the second half of the block is `norm2`, then `mlp`: what `Recompute.MLP` recomputes together."""
-    from timm.models.vision_transformer import Block
-
-    return type(block).forward is Block.forward
+    return any(type(block).forward is kind.forward for kind in kinds("Block"))
 
 
 @contextmanager

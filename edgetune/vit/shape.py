@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from timm.layers import GELUTanh, LayerScale, Mlp, PatchEmbed
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 from edgetune.cost import ViTShape
@@ -14,11 +12,15 @@ from edgetune.cost.probed import ProbedPart
 from edgetune.errors import UnsupportedModel
 from edgetune.regions import EMBEDDING_NAMES, region_of
 from edgetune.vit.loop import embed, named_regions, run_block
+from edgetune.vit.plain import VisionTransformer
 from edgetune.vit.probe import Stream, is_transposed, probe_block, probe_embed, probe_head
 from edgetune.vit.recompute import has_mlp_half
+from edgetune.vit.stock import kinds
 
-# Activations of one kernel that keep their input alone.
-_PLAIN_ACTIVATIONS = (nn.GELU, GELUTanh, nn.SiLU)
+
+def _plain_activations() -> tuple[type, ...]:
+    """Activations of one kernel that keep their input alone."""
+    return (nn.GELU, nn.SiLU, *kinds("GELUTanh"))
 
 
 def shape_of(model: VisionTransformer, name: str) -> ViTShape:
@@ -47,7 +49,7 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
     image_px = (int(image[0]), int(image[1]))
     grid = model.patch_embed.grid_size
     probed = not all(_plain_block(each) for each in model.blocks)
-    kinds = _first_alike(model.blocks)
+    alike = _first_alike(model.blocks)
     stream = _stream(model, image_px)
     return ViTShape(
         name=name,
@@ -63,7 +65,7 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
         patch_px=(image_px[0] // grid[0], image_px[1] // grid[1]),
         class_token=bool(model.has_class_token),
         token_pool=model.global_pool == "token",
-        fused_qkv=isinstance(attention, Attention),
+        fused_qkv=isinstance(attention, kinds("Attention")),
         layer_scale=not isinstance(getattr(block, "ls1", nn.Identity()), nn.Identity),
         qk_norm=not isinstance(getattr(attention, "q_norm", nn.Identity()), nn.Identity),
         pre_norm=not isinstance(model.norm_pre, nn.Identity),
@@ -71,8 +73,8 @@ def shape_of(model: VisionTransformer, name: str) -> ViTShape:
         mlp_half=has_mlp_half(block),
         probed_embed=None if _plain_embed(model) else _probed_embed(model, image_px),
         probed_head=None if _plain_head(model) else _probed_head(model, stream),
-        probed_blocks=tuple(_probed_block(model, first, stream) for first in dict.fromkeys(kinds)) if probed else (),
-        block_kinds=tuple(list(dict.fromkeys(kinds)).index(kind) for kind in kinds) if probed else (),
+        probed_blocks=tuple(_probed_block(model, first, stream) for first in dict.fromkeys(alike)) if probed else (),
+        block_kinds=tuple(list(dict.fromkeys(alike)).index(first) for first in alike) if probed else (),
         embed_parameters=counts["embeddings"],
         block_parameters=max(blocks),
         head_parameters=counts["head"],
@@ -103,7 +105,7 @@ def _stream(model: VisionTransformer, image_px: tuple[int, int]) -> Stream:
 
 def _probed_block(model: VisionTransformer, number: int, stream: Stream) -> ProbedPart:
     block = model.blocks[number]
-    prunes = bool(model.has_class_token) and isinstance(getattr(block, "attn", None), Attention)
+    prunes = bool(model.has_class_token) and isinstance(getattr(block, "attn", None), kinds("Attention"))
     half = has_mlp_half(block)
     return _once(
         (repr(block), _built(block), stream, prunes),
@@ -139,37 +141,40 @@ def _built(block: nn.Module) -> Any:
 
 def _plain_block(block: Any) -> bool:
     """Whether a block is what `cost/forward.py` and `cost/backward.py` walk."""
-    if type(block) is not Block or type(block.attn) is not Attention or type(block.mlp) is not Mlp:
+    if type(block) not in kinds("Block"):
+        return False
+    if type(block.attn) not in kinds("Attention") or type(block.mlp) not in kinds("Mlp"):
         return False
     attention, mlp = block.attn, block.mlp
-    none = (block.drop_path1, block.drop_path2, attention.norm, mlp.norm)
+    # What timm's leaves out here, ours has no place for.
+    places = ((block, "drop_path1"), (block, "drop_path2"), (attention, "norm"), (mlp, "norm"))
     return (
         attention.fused_attn
         and getattr(attention, "gate", None) is None
         and not any(map(_drops, block.modules()))
-        and all(isinstance(each, nn.Identity) for each in none)
+        and all(isinstance(getattr(part, name, nn.Identity()), nn.Identity) for part, name in places)
         and all(isinstance(each, nn.LayerNorm) for each in (block.norm1, block.norm2))
-        and _alike(attention.q_norm, attention.k_norm, nn.LayerNorm)
-        and _alike(block.ls1, block.ls2, LayerScale)
+        and _alike(attention.q_norm, attention.k_norm, (nn.LayerNorm,))
+        and _alike(block.ls1, block.ls2, kinds("LayerScale"))
         and isinstance(mlp.fc1, nn.Linear)
-        and isinstance(mlp.act, _PLAIN_ACTIVATIONS)
+        and isinstance(mlp.act, _plain_activations())
         and not getattr(mlp.act, "inplace", False)
     )
 
 
-def _alike(one: nn.Module, other: nn.Module, kind: type[nn.Module]) -> bool:
-    return any(isinstance(one, each) and isinstance(other, each) for each in (kind, nn.Identity))
+def _alike(one: nn.Module, other: nn.Module, kind: tuple[type, ...]) -> bool:
+    return any(isinstance(one, each) and isinstance(other, each) for each in (kind, (nn.Identity,)))
 
 
 def _plain_embed(model: Any) -> bool:
     return (
-        type(model.patch_embed) is PatchEmbed
-        and isinstance(model.patch_embed.norm, nn.Identity)
+        type(model.patch_embed) in kinds("PatchEmbed")
+        and isinstance(getattr(model.patch_embed, "norm", nn.Identity()), nn.Identity)
         and not _drops(model.pos_drop)
         and isinstance(model.patch_drop, nn.Identity)
         and isinstance(model.norm_pre, (nn.Identity, nn.LayerNorm))
         and not model.dynamic_img_size
-        and not model.patch_embed.dynamic_img_pad
+        and not getattr(model.patch_embed, "dynamic_img_pad", False)
         and model.pos_embed is not None
     )
 

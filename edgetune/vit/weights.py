@@ -1,7 +1,8 @@
 """Weights files into models: read one tensor at a time, checked, then given to the model as they are, with no second copy.
 
-A model that gets weights is built without memory (`built_empty`). Every file goes through timm's own checkpoint filter
-(which resizes position embeddings and knows foreign layouts), then must match the model in all but the classifier.
+A model that gets weights is built without memory (`built_empty`). Every file is brought into the model's layout (`layouts`:
+position embeddings are resized, foreign layouts go through timm's own filter), then must match the model in all but the
+classifier.
 At most one tensor exists twice at any moment, but for two kinds of foreign files: layouts that the filter joins from
 parts (BEiT-3's q, k and v), and a .pth whose tensors are all cut from one.
 """
@@ -9,7 +10,6 @@ parts (BEiT-3's q, k and v), and a .pth whose tensors are all cut from one.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.models import vision_transformer as timm_vit
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn, get_init_weights_vit
 from torch import Tensor, nn
 
 from edgetune.checkpoint.tensors import read_into, read_layout
 from edgetune.data import shown
-from edgetune.errors import WeightsError
+from edgetune.errors import EdgetuneError, WeightsError
+from edgetune.vit import stock
+from edgetune.vit.layouts import as_the_models
+from edgetune.vit.plain import VisionTransformer, fresh_linear
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -69,7 +70,9 @@ def load_weights(model: VisionTransformer, path: Path, *, strangers: bool = Fals
     heads = tuple(f"{name}." for name in classifier_names(model))
     state = _unwrapped(read_state(path, without=_ANY_CLASSIFIER), path)
     try:
-        state = checkpoint_filter_fn(state, model, adapt_layer_scale=True, **_filter_options(model))
+        state = as_the_models(state, model)
+    except EdgetuneError:
+        raise
     except Exception as error:
         raise WeightsError(
             f"{path} does not look like weights of this model ({type(error).__name__}: {error})."
@@ -181,18 +184,6 @@ def _unwrapped(state: dict[str, Any], path: Path) -> dict[str, Any]:
     return state
 
 
-def _filter_options(model: VisionTransformer) -> dict[str, Any]:
-    """How timm resizes the few models that it treats apart (vision_transformer.py, `_create_vision_transformer`)."""
-    architecture = str(model.pretrained_cfg.get("architecture"))
-    options: dict[str, Any] = {"interpolation": "bilinear", "antialias": False}
-    if "flexi" in architecture:
-        return options
-    if "radio" in architecture:
-        corners = getattr(timm_vit, "_RADIO_ALIGN_CORNERS", ())
-        return {**options, "align_corners": any(name in architecture for name in corners)}
-    return {}
-
-
 def _misfits(state: dict[str, Any], own: dict[str, Tensor], *, strangers: bool) -> list[str]:
     """What keeps a file's tensors from being the model's own."""
     missing = [name for name in own if name not in state]
@@ -256,11 +247,12 @@ def _owned(value: Tensor, target: Tensor, taken: set[int]) -> Tensor:
 
 def _fresh_classifier(model: VisionTransformer) -> None:
     """The values with which timm builds a classifier, from torch's generator."""
-    mode = getattr(model, "weight_init_mode", "")  # older ones don't keep it, and no model of theirs sets one
-    initialise = get_init_weights_vit(mode, -math.log(model.num_classes) if "nlhb" in mode else 0.0)
+    ours = isinstance(model, VisionTransformer)
+    initialise = (lambda layer, _name: fresh_linear(layer)) if ours else stock.fresh_layer(model)
     for name in classifier_names(model):
         layer = model.get_submodule(name)
-        layer.to_empty(device="cpu")
+        for key, value in layer.named_parameters():  # `to_empty` would import sympy
+            setattr(layer, key, nn.Parameter(torch.empty(value.shape)))
         initialise(layer, name)
 
 
