@@ -24,6 +24,7 @@ class KnownShape(msgspec.Struct, frozen=True, kw_only=True):
     classifiers: int  # linear heads (two in a distilled model)
     position_prefix: int  # prefix tokens that have a position embedding
     largest_other: int  # elements of the largest tensor but position embedding and classifier
+    common: bool = True  # named to someone whose model does not fit
 
 
 def known_shape(name: str, classes: int, image_px: int | None = None) -> ViTShape | None:
@@ -31,9 +32,9 @@ def known_shape(name: str, classes: int, image_px: int | None = None) -> ViTShap
 
     Raises: UsageError for an image size that is no multiple of the patch.
     """
-    known = _load().get(name)
-    if known is None:
+    if name not in _load():
         return None
+    known = _entry(name)
     shape = known.shape
     height, width = (image_px, image_px) if image_px is not None else shape.image_px
     check_image_size(name, image_px, shape.patch_px)
@@ -64,11 +65,16 @@ def check_image_size(name: str, image_px: int | None, patch_px: tuple[int, int])
 def known_shapes(classes: int) -> Iterator[ViTShape]:
     """Every common model at its own image size, for the message that says what would fit; read only if it is made."""
     for name in _load():
-        shape = known_shape(name, classes)
+        shape = known_shape(name, classes) if _entry(name).common else None
         if shape is not None:
             yield shape
 
 
+def _entry(name: str) -> KnownShape:
+    return msgspec.json.decode(_load()[name], type=KnownShape)
+
+
 @lru_cache(maxsize=1)
-def _load() -> dict[str, KnownShape]:
-    return msgspec.json.decode(SHAPES_FILE.read_bytes(), type=dict[str, KnownShape])
+def _load() -> dict[str, msgspec.Raw]:
+    """Every entry as it is written: a run needs one of them."""
+    return msgspec.json.decode(SHAPES_FILE.read_bytes(), type=dict[str, msgspec.Raw])

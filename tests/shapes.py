@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
+import msgspec
+
 from edgetune.cost import BlockState, Recompute, ViTShape
 from edgetune.cost.probed import Bytes, ProbedPart, ProbedWalk, block_way
 
@@ -78,6 +80,15 @@ def probed_block(width: int, hidden_floats: int, parameters: int) -> ProbedPart:
             Bytes(once=0 if gradients else gradient),
         )
     return ProbedPart(tuple(sorted(ways.items())), ((parameters // width, width),))
+
+
+def settled(shape: ViTShape) -> ViTShape:
+    """A shape without what differs from probe to probe: in which order autograd makes the gradients of a head's layers."""
+    if shape.probed_head is None:
+        return shape
+    replace = msgspec.structs.replace
+    ways = tuple((way, replace(walk, backward=(), left=Bytes())) for way, walk in shape.probed_head.ways)
+    return replace(shape, probed_head=replace(shape.probed_head, ways=ways))
 
 
 DEIT_TINY = make_shape(name="deit_tiny_patch16_224", classes=1000)

@@ -87,8 +87,11 @@ def main(path: Path = MODELS_FILE) -> None:
         values = msgspec.to_builtins(architecture)
         changed = {key: value for key, value in values.items() if value != getattr(Architecture(), key)}
         tags = {tag: msgspec.to_builtins(config) for tag, config in tags_of(name)}
-        msgspec.convert({"architecture": changed, "tags": tags}, KnownModel)
-        lines.append(msgspec.json.encode(name) + b": " + msgspec.json.encode({"architecture": changed, "tags": tags}))
+        entry = {"architecture": changed, "tags": tags}
+        if "img_size" in asked_of(name)[1]:
+            entry["has_size"] = True
+        msgspec.convert(entry, KnownModel)
+        lines.append(msgspec.json.encode(name) + b": " + msgspec.json.encode(entry))
     path.write_bytes(b"{\n" + b",\n".join(lines) + b"\n}\n")
 
 

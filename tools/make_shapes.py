@@ -1,4 +1,4 @@
-"""Write `edgetune/assets/shapes.json`: the shapes of common models, read off timm's own on the meta device."""
+"""Write `edgetune/assets/shapes.json`: the shapes of known models, read off the models on the meta device."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import msgspec
 import torch
 
 from edgetune.shapes import SHAPES_FILE, KnownShape
+from edgetune.vit.known import known_models
 from edgetune.vit.models import MICRO_MODEL, ModelSource, build_meta, classifier_names
 
-NAMES = (
+COMMON = (
     MICRO_MODEL,
     *(f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")),
     *(f"vit_{size}_patch16_384" for size in ("tiny", "small", "base")),
@@ -31,13 +32,23 @@ NAMES = (
 )
 
 
+# Beside these, all that is built without timm: to see what the parts hold that are not plain takes as much memory as timm.
+NAMES = (*COMMON, *(name for name in known_models() if name not in COMMON))
+
+
 def known(name: str) -> KnownShape:
     model, shape = build_meta(ModelSource(name=name), classes=1)
     heads = classifier_names(model)
     excluded = ("pos_embed", *(f"{head}.weight" for head in heads))
     others = [value.numel() for key, value in model.named_parameters() if key not in excluded]
     prefix = 0 if model.pos_embed is None else model.pos_embed.shape[1] - shape.patch_tokens
-    return KnownShape(shape=shape, classifiers=len(heads), position_prefix=prefix, largest_other=max(others))
+    return KnownShape(
+        shape=shape,
+        classifiers=len(heads),
+        position_prefix=prefix,
+        largest_other=max(others),
+        common=name in COMMON,
+    )
 
 
 def main(path: Path = SHAPES_FILE) -> None:

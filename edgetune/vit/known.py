@@ -59,6 +59,7 @@ class PretrainedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 class KnownModel(msgspec.Struct, frozen=True, kw_only=True):
     architecture: Architecture
+    has_size: bool = False  # an image size belongs to the architecture, not to its weights
     tags: dict[str, PretrainedConfig]  # the first is what the name without a tag stands for
 
 
@@ -68,6 +69,7 @@ class Description(msgspec.Struct, frozen=True, kw_only=True):
     name: str  # of the architecture
     architecture: Architecture
     config: PretrainedConfig
+    has_size: bool  # whether the architecture or the folder's config names an image size
     saved_args: dict[str, Any]  # what a model folder's config was built with: it says what its weights are for
 
 
@@ -83,11 +85,9 @@ def described(source: ModelSource) -> Description | None:
         changes: dict[str, Any] = {}
         if source.image_px is not None:
             changes["img_size"] = source.image_px
-        elif found.config.fixed_input_size and "img_size" not in found.saved_args:
-            # As timm's factory does: an architecture of one size is built for that of its weights.
-            own_size = _models()[found.name].architecture.img_size != Architecture().img_size
-            if not own_size:
-                changes["img_size"] = found.config.input_size[1:]
+        elif found.config.fixed_input_size and not found.has_size:
+            # As timm's factory does: what names no size of its own is built for that of its weights.
+            changes["img_size"] = found.config.input_size[1:]
         return msgspec.structs.replace(found, architecture=_changed(found.architecture, changes))
     except (msgspec.ValidationError, ValueError, TypeError):
         return None
@@ -106,23 +106,25 @@ def known_models() -> list[str]:
 
 def known_tags(architecture: str) -> list[str]:
     """`deit_tiny_patch16_224.fb_in1k` and the like; empty for a name that is not known."""
-    known = _models().get(architecture)
+    known = _model(architecture)
     return [f"{architecture}.{tag}" for tag in known.tags if tag] if known else []
 
 
 def _from_name(name: str) -> Description | None:
     name, _, tag = name.partition(".")
-    known = _models().get(name)
+    known = _model(name)
     if known is None or (tag and tag not in known.tags):
         return None
     config = known.tags[tag] if tag else next(iter(known.tags.values()))
-    return Description(name=name, architecture=known.architecture, config=config, saved_args={})
+    return Description(
+        name=name, architecture=known.architecture, config=config, has_size=known.has_size, saved_args={}
+    )
 
 
 def _from_config(saved: dict[str, Any], folder: Path) -> Description | None:
     """As timm reads a model folder: its arguments over the architecture's own, its numbers in place of the tag's."""
     name, args = saved["architecture"], dict(saved.get("model_args") or {})
-    known = _models().get(name)
+    known = _model(name)
     if known is None or "pretrained_cfg" not in saved:
         return None
     table = {**saved["pretrained_cfg"], "file": str(folder), "source": "local-dir", "architecture": name}
@@ -131,13 +133,20 @@ def _from_config(saved: dict[str, Any], folder: Path) -> Description | None:
     architecture = _changed(known.architecture, args)
     if "img_size" in args and config.fixed_input_size:
         config = msgspec.structs.replace(config, input_size=(config.input_size[0], *architecture.image_px))
-    return Description(name=name, architecture=architecture, config=config, saved_args=args)
+    has_size = known.has_size or "img_size" in args
+    return Description(name=name, architecture=architecture, config=config, has_size=has_size, saved_args=args)
 
 
 def _changed(architecture: Architecture, changes: dict[str, Any]) -> Architecture:
     return msgspec.convert({**msgspec.to_builtins(architecture), **changes}, Architecture)
 
 
+def _model(name: str) -> KnownModel | None:
+    entry = _models().get(name)
+    return None if entry is None else msgspec.json.decode(entry, type=KnownModel)
+
+
 @lru_cache(maxsize=1)
-def _models() -> dict[str, KnownModel]:
-    return msgspec.json.decode(MODELS_FILE.read_bytes(), type=dict[str, KnownModel])
+def _models() -> dict[str, msgspec.Raw]:
+    """Every entry as it is written: a run needs one of them."""
+    return msgspec.json.decode(MODELS_FILE.read_bytes(), type=dict[str, msgspec.Raw])

@@ -65,8 +65,8 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if tuple(images.shape[-2:]) != self.img_size:
             raise ValueError(f"images of {tuple(images.shape[-2:])} px, for a model of {self.img_size} px")
-        patches: Tensor = self.proj(images)
-        return patches.flatten(2).transpose(1, 2)
+        images = self.proj(images)
+        return images.flatten(2).transpose(1, 2)
 
 
 class LayerScale(nn.Module):
@@ -98,9 +98,11 @@ class Attention(nn.Module):
         batch, count, width = tokens.shape
         qkv = self.qkv(tokens).reshape(batch, count, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        attended = functional.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
-        mixed: Tensor = self.proj(attended.transpose(1, 2).reshape(batch, count, width))
-        return mixed
+        q, k = self.q_norm(q), self.k_norm(k)
+        tokens = functional.scaled_dot_product_attention(q, k, v)
+        tokens = tokens.transpose(1, 2).reshape(batch, count, width)
+        tokens = self.proj(tokens)
+        return tokens
 
 
 class Mlp(nn.Module):
@@ -111,8 +113,10 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, width, bias=bias)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        mixed: Tensor = self.fc2(self.act(self.fc1(tokens)))
-        return mixed
+        tokens = self.fc1(tokens)  # under one name: what is read no more is held no longer
+        tokens = self.act(tokens)
+        tokens = self.fc2(tokens)
+        return tokens
 
 
 class Block(nn.Module):
