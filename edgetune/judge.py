@@ -18,8 +18,10 @@ from edgetune.units import MIB, format_bytes
 
 # A measured runtime differs by a part of a MiB from run to run; a plan must not.
 RUNTIME_ROUNDING_BYTES = 2 * MIB
-# For `edgetune plan` where a profile states none: torch 2.9's CPU build 214 MiB and timm 102, measured on an Arm board.
-ASSUMED_RUNTIME_BYTES = 316 * MIB
+# For `edgetune plan` where a profile states none: torch 2.9's CPU build and edgetune, measured on an emulated Arm board.
+ASSUMED_RUNTIME_BYTES = 244 * MIB
+# What timm adds where it has to build a model, measured there too: torchvision, torch._dynamo and sympy come with it.
+ASSUMED_TIMM_BYTES = 102 * MIB
 # The same for ONNX Runtime's training API without torch: the upper of the figures measured on x86.
 ASSUMED_ORT_BYTES = 56 * MIB
 # The kernel and firmware keep part of the RAM, so a board's MemTotal is below its label.
@@ -64,6 +66,11 @@ def stated_runtime(profile: DeviceProfile, backend: str) -> Runtime | None:
     return found
 
 
+def stated_bytes(runtime: Runtime, *, timm: bool) -> int:
+    """A stated runtime, with what timm adds to it where a model needs timm."""
+    return runtime.bytes + (runtime.timm_bytes or ASSUMED_TIMM_BYTES if timm else 0)
+
+
 def default_cap_bytes(profile: DeviceProfile, backend: str = "torch") -> int:
     """The cap without `--ram-cap`: what is usable, and on a device that bounds anonymous memory apart, what that leaves."""
     here = is_this_machine(profile)
@@ -75,15 +82,22 @@ def default_cap_bytes(profile: DeviceProfile, backend: str = "torch") -> int:
     return min(cap, anonymous - stated.anonymous_bytes + stated.bytes)
 
 
-def judge_for(profile: DeviceProfile, ram_cap_bytes: int | None, meter: MemoryMeter, backend: str = "torch") -> Judge:
-    """Mark the runtime (call it after the warm-up) and settle the cap."""
+def judge_for(
+    profile: DeviceProfile,
+    ram_cap_bytes: int | None,
+    meter: MemoryMeter,
+    backend: str = "torch",
+    packages: tuple[str, ...] = runtimes.TORCH,
+) -> Judge:
+    """Mark the runtime (call it after the warm-up, made of these packages) and settle the cap."""
     here = is_this_machine(profile)
     notes: list[str] = []
     measured = meter.mark_runtime().total_bytes
     rounded = -(-measured // RUNTIME_ROUNDING_BYTES) * RUNTIME_ROUNDING_BYTES
     if here:  # where a device is simulated, the warm-up runs out of memory too, for which code is paged in
-        runtimes.remember(runtimes.versions(backend), rounded)
+        runtimes.remember(runtimes.versions(packages), rounded)
     cap = ram_cap_bytes or default_cap_bytes(profile, backend)
+    timm = "timm" in packages
     runtime = rounded
     if not here:
         stated = stated_runtime(profile, backend)
@@ -98,7 +112,7 @@ def judge_for(profile: DeviceProfile, ram_cap_bytes: int | None, meter: MemoryMe
                 f"{profile.id} states no runtime for {backend}: this machine's {format_bytes(rounded)} is used in its place"
             )
         else:
-            runtime = stated.bytes
+            runtime = stated_bytes(stated, timm=timm)
         if ram_cap_bytes is None and cap < profile.usable_ram_bytes:
             notes.append(f"anonymous memory binds on {profile.id}: the cap is {format_bytes(cap)}")
     return Judge(

@@ -245,10 +245,10 @@ def warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) -
     # Threads that spin while they wait starve whatever else runs, on few cores themselves. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     meter.enter("runtime")
-    engine_of(settings).warm_up(settings, threads_of(settings, profile))
+    packages = engine_of(settings).warm_up(settings, threads_of(settings, profile))
     if by_rlimit(settings.enforce, simulated=not is_this_machine(profile)):
         rehearse()
-    judge = judge_for(profile, settings.ram_cap_bytes, meter, settings.backend)
+    judge = judge_for(profile, settings.ram_cap_bytes, meter, settings.backend, packages)
     meter.enter("")
     return judge
 

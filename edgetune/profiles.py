@@ -45,6 +45,7 @@ class Runtime(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     bytes: _ProcessBytes
     anonymous_bytes: _ProcessBytes | None = None
+    timm_bytes: _ProcessBytes | None = None  # what timm adds where it has to build the model
     version: _Line
     source: _Prose
     verified: bool

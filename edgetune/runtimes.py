@@ -19,16 +19,18 @@ _FILE = "runtimes.json"
 _MOST_ENTRIES = 32
 
 
-# What a backend's runtime is made of.
-_PACKAGES = {"torch": ("torch", "timm"), "ort": ("onnxruntime-training-cpu",)}
+# What a runtime is made of: timm is imported only for models that it alone can build.
+TORCH: tuple[str, ...] = ("torch",)
+TORCH_AND_TIMM: tuple[str, ...] = ("torch", "timm")
+ORT: tuple[str, ...] = ("onnxruntime-training-cpu",)
 
 
-def versions(backend: str = "torch") -> str | None:
+def versions(packages: tuple[str, ...] = TORCH) -> str | None:
     """`torch 2.14.1 + timm 1.0.31, Python 3.11 on x86_64`, without importing them; None where one is not installed."""
     from importlib import metadata
 
     try:
-        packages = " + ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES[backend])
+        packages = " + ".join(f"{name} {metadata.version(name)}" for name in packages)
     except metadata.PackageNotFoundError:
         return None
     python = ".".join(platform.python_version_tuple()[:2])

@@ -49,7 +49,7 @@ ARROWS: dict[str, set[str]] = {
     "vit": {"checkpoint", "cost", "data", "errors", "regions", "shapes"},
     "artifacts": {"alast", "checkpoint", "cost", "data", "errors", "planner", "units"},
     "backends": {"artifacts", "checkpoint", "cost", "errors", "optim", "regions", "vit"},
-    "engines": {"artifacts", "backends", "cost", "data", "errors", "optim", "planner", "settings", "vit"},
+    "engines": {"artifacts", "backends", "cost", "data", "errors", "optim", "planner", "runtimes", "settings", "vit"},
     "export": {
         "alast", "artifacts", "backends", "checkpoint", "cost", "data", "errors", "memory", "methods", "optim", "planner",
         "regions", "store", "system", "units", "vit",

@@ -48,4 +48,8 @@ def test_versions_are_those_that_are_installed() -> None:
     found = runtimes.versions()
     assert found is not None
     assert found.startswith("torch 2")
-    assert "timm 1" in found
+    assert "timm" not in found
+    with_timm = runtimes.versions(runtimes.TORCH_AND_TIMM)
+    assert with_timm is not None
+    assert "timm 1" in with_timm
+    assert runtimes.versions(("no-such-package",)) is None

@@ -115,7 +115,7 @@ def plan(
     from edgetune.planner import plan as make_plan
     from edgetune.shapes import known_shapes
 
-    shape = _shape(model, classes, image_size)
+    shape, timm = _shape(model, classes, image_size)
     chosen = METHODS[method.value]
     check_model(chosen, shape, adaptive_obstacle(shape), split_tokens=split_tokens)
     levers = plan_settings(
@@ -144,7 +144,7 @@ def plan(
     )
 
     def request(profile: DeviceProfile) -> PlanRequest:
-        cap, runtime, _ = _cap_and_runtime(profile, ram_cap)
+        cap, runtime, _ = _cap_and_runtime(profile, ram_cap, timm=timm)
         return PlanRequest(
             shape=shape,
             space=space,
@@ -177,7 +177,7 @@ def plan(
         )
         return
     made = make_plan(wanted, smaller_models=known_shapes(classes))
-    label = _cap_and_runtime(profile, ram_cap)[2]
+    label = _cap_and_runtime(profile, ram_cap, timm=timm)[2]
     if json:
         import msgspec
 
@@ -186,36 +186,37 @@ def plan(
     _show(made, profile, label, images)
 
 
-def _shape(model: str, classes: int, image_size: int | None) -> ViTShape:
-    """From the data that comes with edgetune, else from timm itself."""
+def _shape(model: str, classes: int, image_size: int | None) -> tuple[ViTShape, bool]:
+    """From the data that comes with edgetune, else from the model itself; and whether timm has to build it."""
     from edgetune.shapes import known_shape
 
     shape = known_shape(model, classes, image_size)
     if shape is not None:
-        return shape
-    from edgetune.vit.models import ModelSource, describe
+        return shape, False
+    from edgetune.vit.models import ModelSource, describe, needs_timm
 
-    return describe(ModelSource(name=model, image_px=image_size), classes)[0]
+    source = ModelSource(name=model, image_px=image_size)
+    return describe(source, classes)[0], needs_timm(source)
 
 
-def _cap_and_runtime(profile: DeviceProfile, ram_cap: str | None) -> tuple[int, int, str]:
+def _cap_and_runtime(profile: DeviceProfile, ram_cap: str | None, *, timm: bool) -> tuple[int, int, str]:
     """(cap bytes, runtime bytes, where the runtime's figure comes from)."""
     from edgetune import runtimes
-    from edgetune.judge import ASSUMED_RUNTIME_BYTES, default_cap_bytes, is_this_machine
+    from edgetune.judge import ASSUMED_RUNTIME_BYTES, ASSUMED_TIMM_BYTES, default_cap_bytes, is_this_machine, stated_bytes
 
     cap = parse_bytes(ram_cap) if ram_cap else default_cap_bytes(profile)
     stated = profile.runtime.torch
     if is_this_machine(profile):
-        found = runtimes.versions()
+        found = runtimes.versions(runtimes.TORCH_AND_TIMM if timm else runtimes.TORCH)
         remembered = runtimes.remembered(found)
         if remembered is not None:
             return cap, remembered, f"measured by the last run here: {found}"
     if stated is not None:
         how = "measured" if stated.verified else "stated"
-        return cap, stated.bytes, f"{how}: {stated.version}"
+        return cap, stated_bytes(stated, timm=timm), f"{how}: {stated.version}" + (" + timm" if timm else "")
     return (
         cap,
-        ASSUMED_RUNTIME_BYTES,
+        ASSUMED_RUNTIME_BYTES + (ASSUMED_TIMM_BYTES if timm else 0),
         "a default: this profile has no figure; a run, or `edgetune devices detect --save`, measures one",
     )
 

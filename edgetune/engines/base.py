@@ -33,8 +33,8 @@ class Built(NamedTuple):
 class Engine(Protocol):
     """Errors are those of loading a model or artifacts."""
 
-    def warm_up(self, settings: RunSettings, threads: int) -> None:
-        """Bring into memory all code that a run needs. Raises: BackendUnavailable."""
+    def warm_up(self, settings: RunSettings, threads: int) -> tuple[str, ...]:
+        """Bring into memory all code that a run needs; the packages that it is made of. Raises: BackendUnavailable."""
 
     def describe(self, settings: RunSettings, classes: int) -> tuple[ViTShape, Preprocess]:
         """What the model will cost and want to see, without its weights."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 
+from edgetune import runtimes
 from edgetune.artifacts import plan as planning
 from edgetune.artifacts.manifest import Manifest, variant_at
 from edgetune.artifacts.reading import check_files, paths_of, read_manifest
@@ -25,11 +26,12 @@ def manifest_of(settings: RunSettings) -> tuple[Path, Manifest]:
     return folder, read_manifest(folder)
 
 
-def warm_up(settings: RunSettings, threads: int) -> None:
+def warm_up(settings: RunSettings, threads: int) -> tuple[str, ...]:
     """Import ONNX Runtime's training API."""
     from edgetune.backends.ort_runtime import training_api
 
     training_api()
+    return runtimes.ORT
 
 
 def describe(settings: RunSettings, classes: int) -> tuple[ViTShape, Preprocess]:

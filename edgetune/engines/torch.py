@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from edgetune import runtimes
 from edgetune.cost import FLOAT_BYTES, ViTShape
 from edgetune.data import DataFolder, Preprocess
 from edgetune.engines.base import Built, ClassWeights
@@ -18,20 +19,28 @@ if TYPE_CHECKING:
     from edgetune.vit.models import ModelSource
 
 
-def warm_up(settings: RunSettings, threads: int) -> None:
-    """Import torch and timm, and take a step on nothing."""
+def warm_up(settings: RunSettings, threads: int) -> tuple[str, ...]:
+    """Import torch, timm where it has to build the model, and take a step on nothing.
+
+    Raises: BackendUnavailable; UnknownModel, WeightsError for a model that can't be.
+    """
     try:
         import torch
 
         from edgetune.backends import pytorch
+        from edgetune.vit.models import needs_timm, stock
     except ImportError as error:
         raise BackendUnavailable(
-            f"fine-tuning needs torch, torchvision and timm ({error}). Install them with: pip install 'edgetune[torch]'. "
-            "From artifacts (edgetune export) a run needs none of them: --backend ort --artifacts FOLDER."
+            f"fine-tuning needs torch ({error}). Install it with: pip install 'edgetune[torch]'. "
+            "From artifacts (edgetune export) a run needs none: --backend ort --artifacts FOLDER."
         ) from error
     torch.set_num_threads(threads)
     pytorch.without_onednn()
+    timm = settings.augment or needs_timm(model_source(settings, pretrained=False))
+    if timm:
+        stock.stock(wanted="--augment" if settings.augment else settings.model)
     pytorch.warm_up(OptimizerSettings(name=settings.optimizer))
+    return runtimes.TORCH_AND_TIMM if timm else runtimes.TORCH
 
 
 def describe(settings: RunSettings, classes: int) -> tuple[ViTShape, Preprocess]:
