@@ -5,12 +5,20 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help setup demo test test-fast test-pythons lint format bench clean
+# make board MEM=1024 CPU=cortex-a72 PROFILE=raspberry-pi-3b-plus CONSTRAINTS=constraints/board.txt
+MEM ?= 512
+CPU ?= cortex-a53
+CORES ?= 4
+PROFILE ?= raspberry-pi-zero-2w
+CONSTRAINTS ?= constraints/board.txt
+
+.PHONY: help setup demo test test-fast test-pythons lint format bench board wheels clean
 
 help:
 	@echo "make setup   install edgetune and everything its tests need into .venv"
 	@echo "make demo    the main job: fine-tune the bundled model on the bundled digits for a Jetson Nano"
 	@echo "make test    all tests; make test-fast leaves out the slow ones; make lint checks style and types"
+	@echo "make board   edgetune on an emulated 512 MB board, judged from outside; make wheels: docs/boards.md's wheels install"
 	@echo "make bench   the tables under benchmarks/ (takes long; nothing else should run beside it)"
 
 setup: $(STAMP)
@@ -50,12 +58,21 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/allocators.py
 	$(BIN)/python benchmarks/memory_model.py
 	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/cap.py
 	$(BIN)/python benchmarks/prefix_cache.py
 	$(BIN)/python benchmarks/defaults.py
+
+# An emulated arm64 board (QEMU): minutes; it says so and does nothing where QEMU is missing.
+board: setup
+	$(BIN)/python tools/board/make_board.py --mem $(MEM) --cpu $(CPU) --cores $(CORES) --profile $(PROFILE) --constraints $(CONSTRAINTS) $(BOARD_FLAGS)
+
+# Whether what docs/boards.md says installs still does; needs a package index.
+wheels: setup
+	$(BIN)/python tools/check_wheels.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -21,7 +21,7 @@ _OTHER_NOTE = "found by its driver's files; edgetune trains on the CPU here"
 # What a run with torch imports. VmHWM is the kernel's own peak of this very process; RssAnon what can't be dropped.
 _CHILD = """
 import json
-import numpy, PIL.Image, torch, timm
+import numpy, PIL.Image, torch, edgetune.backends.pytorch
 status = dict(line.split(":", 1) for line in open("/proc/self/status") if ":" in line)
 print(json.dumps({key: int(status[key].split()[0]) * 1024 for key in ("VmHWM", "RssAnon")}))
 """
@@ -91,19 +91,19 @@ def measure_bandwidth_bytes_per_s(usable_bytes: int, seconds: float = 0.4) -> fl
 
 
 def torch_version() -> str | None:
-    """`torch 2.14.1 + timm 1.0.31`, read from the installed packages' metadata; None if one is missing."""
+    """`torch 2.14.1`, read from the installed package's metadata; None if it is missing."""
     import importlib.metadata
 
     try:
-        return " + ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "timm"))
+        return f"torch {importlib.metadata.version('torch')}"
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
 def measure_torch_runtime(timeout_seconds: float = 180) -> ChildMemory | None:
-    """What importing torch and timm costs a fresh process here; None without them, or without Linux's /proc.
+    """What importing torch and the backend costs a fresh process here; None without torch, or without Linux's /proc.
 
-    The timeout is for a slow board: importing timm took 49 s on an emulated Cortex-A53.
+    The timeout is for a slow board: importing torch took 27 s on an emulated Cortex-A53.
     """
     import importlib.util
     import json
