@@ -147,10 +147,11 @@ def detect_device(
     )
 
 
-def default_cap_bytes(profile: DeviceProfile, is_host: bool) -> int:
+def default_cap_bytes(profile: DeviceProfile, is_host: bool, held_bytes: int = 0) -> int:
     """The cap of a run without `--ram-cap`: the profile's usable RAM, or on the machine at hand AUTO_CAP_SHARE of what
-    is available now (a saved figure may be hours old)."""
-    return int(AUTO_CAP_SHARE * system.available_ram_bytes()) if is_host else profile.usable_ram_bytes
+    is available now (a saved figure may be hours old), what this process holds of it already (`held_bytes`) counted in.
+    """
+    return int(AUTO_CAP_SHARE * (system.available_ram_bytes() + held_bytes)) if is_host else profile.usable_ram_bytes
 
 
 def _auto() -> DeviceProfile:

@@ -67,14 +67,16 @@ def stated_runtime(profile: DeviceProfile, backend: str) -> Runtime | None:
 
 
 def stated_bytes(runtime: Runtime, *, timm: bool) -> int:
-    """A stated runtime, with what timm adds to it where a model needs timm."""
-    return runtime.bytes + (runtime.timm_bytes or ASSUMED_TIMM_BYTES if timm else 0)
+    """A stated runtime, with what timm adds to it where a model needs timm and the figure has not counted it."""
+    if not timm or "timm" in runtime.version:
+        return runtime.bytes
+    return runtime.bytes + (runtime.timm_bytes or ASSUMED_TIMM_BYTES)
 
 
-def default_cap_bytes(profile: DeviceProfile, backend: str = "torch") -> int:
+def default_cap_bytes(profile: DeviceProfile, backend: str = "torch", held_bytes: int = 0) -> int:
     """The cap without `--ram-cap`: what is usable, and on a device that bounds anonymous memory apart, what that leaves."""
     here = is_this_machine(profile)
-    cap = devices.default_cap_bytes(profile, here)
+    cap = devices.default_cap_bytes(profile, here, held_bytes)
     stated, anonymous = stated_runtime(profile, backend), profile.usable_anonymous_bytes
     if here or anonymous is None or stated is None or stated.anonymous_bytes is None:
         return cap
@@ -92,11 +94,13 @@ def judge_for(
     """Mark the runtime (call it after the warm-up, made of these packages) and settle the cap."""
     here = is_this_machine(profile)
     notes: list[str] = []
-    measured = meter.mark_runtime().total_bytes
+    marked = meter.mark_runtime()
+    measured = marked.total_bytes
     rounded = -(-measured // RUNTIME_ROUNDING_BYTES) * RUNTIME_ROUNDING_BYTES
     if here:  # where a device is simulated, the warm-up runs out of memory too, for which code is paged in
         runtimes.remember(runtimes.versions(packages), rounded)
-    cap = ram_cap_bytes or default_cap_bytes(profile, backend)
+    # The process is a part of its own cap. Its file-backed pages are no loss: MemAvailable counts them among what can be had.
+    cap = ram_cap_bytes or default_cap_bytes(profile, backend, marked.anonymous_bytes or 0)
     timm = "timm" in packages
     runtime = rounded
     if not here:

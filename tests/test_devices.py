@@ -495,6 +495,7 @@ def test_the_default_cap_here_is_a_share_of_what_is_available_now(monkeypatch: p
     profile = find_device("auto")
     monkeypatch.setattr(system, "available_ram_bytes", lambda: 1000)
     assert devices.default_cap_bytes(profile, is_host=True) == 800
+    assert devices.default_cap_bytes(profile, is_host=True, held_bytes=250) == 1000
     assert devices.default_cap_bytes(profile, is_host=False) == profile.usable_ram_bytes
 
 

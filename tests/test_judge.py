@@ -96,7 +96,10 @@ def test_the_machine_at_hand_is_judged_as_it_is(
     monkeypatch.setattr(system, "available_ram_bytes", lambda: 10 * GIB)
     made = judge_for(msgspec.structs.replace(board, id=devices.AUTO), None, meter)
     assert not made.simulated
-    assert made.cap_bytes == int(devices.AUTO_CAP_SHARE * 10 * GIB)
+    held = meter.mark_runtime().anonymous_bytes or 0
+    assert held > MIB
+    assert made.cap_bytes == pytest.approx(devices.AUTO_CAP_SHARE * (10 * GIB + held), abs=8 * MIB)
+    assert made.cap_bytes > devices.AUTO_CAP_SHARE * (10 * GIB + held / 2)
     assert made.device_runtime_bytes - made.host_runtime_bytes < judge.RUNTIME_ROUNDING_BYTES
     assert judge_for(msgspec.structs.replace(board, id=devices.AUTO), GIB, meter).cap_bytes == GIB
 
@@ -131,3 +134,14 @@ def test_the_verdicts_figure_is_the_devices_runtime_plus_training_or_the_process
     values = {"device": "board", "cap_bytes": GIB, "host_runtime_bytes": 750 * MIB, "device_runtime_bytes": 316 * MIB}
     assert Judge(simulated=True, **values).device_peak_bytes(peaks) == 466 * MIB  # type: ignore[arg-type]
     assert Judge(simulated=False, **values).device_peak_bytes(peaks) == 900 * MIB  # type: ignore[arg-type]
+
+
+def test_timm_is_counted_once_and_only_where_it_is_needed(board: DeviceProfile, meter: MemoryMeter) -> None:
+    assert board.runtime.torch is not None
+    alone = msgspec.structs.replace(board.runtime.torch, bytes=240 * MIB, timm_bytes=90 * MIB, version="torch 2.9.1")
+    lean = msgspec.structs.replace(board, runtime=Runtimes(torch=alone))
+    assert judge_for(lean, None, meter).device_runtime_bytes == 240 * MIB
+    assert judge_for(lean, None, meter, packages=("torch", "timm")).device_runtime_bytes == 330 * MIB
+    with_timm = msgspec.structs.replace(alone, bytes=316 * MIB, version="torch 2.9.1 + timm 1.0.22")
+    counted = msgspec.structs.replace(board, runtime=Runtimes(torch=with_timm))
+    assert judge_for(counted, None, meter, packages=("torch", "timm")).device_runtime_bytes == 316 * MIB

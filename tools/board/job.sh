@@ -3,8 +3,8 @@
 . /mnt/settings.sh
 export OMP_WAIT_POLICY=PASSIVE EDGETUNE_CACHE_DIR=/mnt/cache EDGETUNE_CONFIG_DIR=/mnt/config
 out=/mnt/out
-kills() { awk_line=$(grep '^oom_kill ' /proc/vmstat); echo "${awk_line#oom_kill }"; }
-fact() { echo "$1=$2" >> $out/facts.txt; }
+kills() { line=$(grep '^oom_kill ' /proc/vmstat); echo "${line#oom_kill }"; }
+fact() { echo "$1=$2" | tee -a $out/facts.txt; }
 
 # Anonymous memory of a process and its high-water mark, twice a second while it lives, then its exit code.
 watched() {
@@ -53,14 +53,14 @@ watched limit python3 /mnt/anonymous.py
 first_kills=$(kills)
 fact limit.kills "$first_kills"
 
-task="--device $PROFILE --data /mnt/images -q"
+task="--device $PROFILE --model edgetune_micro --data /mnt/images -q"
 AFTER_STEP=1 watched run $edgetune finetune $task --batch-size $BATCH --steps $STEPS --output /mnt/run
 AFTER_STEP='' watched resume $edgetune finetune --resume /mnt/run -q
 AFTER_STEP='' watched evaluate $edgetune evaluate /mnt/run --json
 cp /mnt/run/report.json /mnt/run/metrics.csv $out/ 2> /dev/null
 
 # The same step whole, with no lever to make it smaller: past the board's memory, and refused under its own cap.
-whole="--method full --model edgetune_micro -b 64 --grad-accum-steps 1 --recompute none --embeddings train --steps 2"
+whole="--method full -b 64 --grad-accum-steps 1 --recompute none --embeddings train --steps 2"
 AFTER_STEP='' watched killed $edgetune finetune $task $whole --ram-cap 4GiB --enforce none --output /mnt/killed
 AFTER_STEP='' watched refused $edgetune finetune $task $whole --output /mnt/refused
 exit 0
