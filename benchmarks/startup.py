@@ -10,6 +10,7 @@ Needs Linux. Times are relative to `import torch` in the same process.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def once(model: str, *, timm: bool) -> dict[str, Any]:
     marks["torch"] = _now()
     torch_has = [name for name in HEAVY if name in sys.modules]
     if timm:
-        import timm.models.vision_transformer  # noqa: F401
+        importlib.import_module("timm.models.vision_transformer")
     import numpy as np
 
     import edgetune.cli.finetune

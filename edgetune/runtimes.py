@@ -30,11 +30,11 @@ def versions(packages: tuple[str, ...] = TORCH) -> str | None:
     from importlib import metadata
 
     try:
-        packages = " + ".join(f"{name} {metadata.version(name)}" for name in packages)
+        made_of = " + ".join(f"{name} {metadata.version(name)}" for name in packages)
     except metadata.PackageNotFoundError:
         return None
     python = ".".join(platform.python_version_tuple()[:2])
-    return f"{packages}, Python {python} on {platform.machine()}"
+    return f"{made_of}, Python {python} on {platform.machine()}"
 
 
 def remembered(versions: str | None, folder: Path | None = None) -> int | None:

@@ -82,7 +82,20 @@ def test_losses_are_the_same_bits_as_with_timms_own_model(
     model: str, options: tuple[str, ...], images: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("timm")
-    task = ("--data", str(images), "--model", model, "--batch-size", "4", "--steps", "4", *options, "-q", "--threads", "1")
+    task = (
+        "--data",
+        str(images),
+        "--model",
+        model,
+        "--batch-size",
+        "4",
+        "--steps",
+        "4",
+        *options,
+        "-q",
+        "--threads",
+        "1",
+    )
     own, theirs = tmp_path / "own", tmp_path / "theirs"
     assert "timm" not in _run(tmp_path, "finetune", *task, "--output", str(own))
     assert "timm" in _run(tmp_path, "finetune", *task, "--output", str(theirs), through_timm=True)

@@ -87,7 +87,7 @@ def main(path: Path = MODELS_FILE) -> None:
         values = msgspec.to_builtins(architecture)
         changed = {key: value for key, value in values.items() if value != getattr(Architecture(), key)}
         tags = {tag: msgspec.to_builtins(config) for tag, config in tags_of(name)}
-        entry = {"architecture": changed, "tags": tags}
+        entry: dict[str, object] = {"architecture": changed, "tags": tags}
         if "img_size" in asked_of(name)[1]:
             entry["has_size"] = True
         msgspec.convert(entry, KnownModel)

@@ -19,7 +19,7 @@ from edgetune.optim import Optimizer, OptimizerSettings, named_state
 from edgetune.regions import region_of, trains
 from edgetune.vit.half import store_half
 from edgetune.vit.loop import apply_selection, forward, prefix, summaries
-from edgetune.vit.plain import Architecture, VisionTransformer, build
+from edgetune.vit.plain import AnyViT, Architecture, build
 
 
 class TorchBackend:
@@ -29,7 +29,7 @@ class TorchBackend:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        model: AnyViT,
         optimizer: OptimizerSettings,
         *,
         class_weights: np.ndarray | None = None,

@@ -202,7 +202,13 @@ def _shape(model: str, classes: int, image_size: int | None) -> tuple[ViTShape, 
 def _cap_and_runtime(profile: DeviceProfile, ram_cap: str | None, *, timm: bool) -> tuple[int, int, str]:
     """(cap bytes, runtime bytes, where the runtime's figure comes from)."""
     from edgetune import runtimes
-    from edgetune.judge import ASSUMED_RUNTIME_BYTES, ASSUMED_TIMM_BYTES, default_cap_bytes, is_this_machine, stated_bytes
+    from edgetune.judge import (
+        ASSUMED_RUNTIME_BYTES,
+        ASSUMED_TIMM_BYTES,
+        default_cap_bytes,
+        is_this_machine,
+        stated_bytes,
+    )
 
     cap = parse_bytes(ram_cap) if ram_cap else default_cap_bytes(profile)
     stated = profile.runtime.torch

@@ -28,7 +28,8 @@ def warm_up(settings: RunSettings, threads: int) -> tuple[str, ...]:
         import torch
 
         from edgetune.backends import pytorch
-        from edgetune.vit.models import needs_timm, stock
+        from edgetune.vit import stock
+        from edgetune.vit.models import needs_timm
     except ImportError as error:
         raise BackendUnavailable(
             f"fine-tuning needs torch ({error}). Install it with: pip install 'edgetune[torch]'. "

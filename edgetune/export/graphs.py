@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from edgetune.errors import UnsupportedModel
 from edgetune.vit.loop import class_attention, embed
-from edgetune.vit.plain import VisionTransformer
+from edgetune.vit.plain import AnyViT
 
 # LayerNormalization is an operator of its own from opset 17 on, whose gradient ONNX Runtime 1.19.2 can't build.
 OPSET = 16
@@ -40,7 +40,7 @@ class Cut(nn.Module):
     tokens (B, P + k, D) and the deltas.
     """
 
-    def __init__(self, model: VisionTransformer, first: int, end: int, *, prunes: bool) -> None:
+    def __init__(self, model: AnyViT, first: int, end: int, *, prunes: bool) -> None:
         super().__init__()
         self.first, self.end, self.prunes = first, end, prunes
         self.depth = len(model.blocks)
@@ -99,7 +99,7 @@ class Suffix(Cut):
         return loss, logits, given, torch.stack(deltas)
 
 
-def prefix_graph(model: VisionTransformer, blocks: int, *, prunes: bool) -> onnx.ModelProto:
+def prefix_graph(model: AnyViT, blocks: int, *, prunes: bool) -> onnx.ModelProto:
     """The lowest `blocks` blocks. Its weights are named as timm names them.
 
     Raises: UnsupportedModel naming the operator that can't be exported.
@@ -109,7 +109,7 @@ def prefix_graph(model: VisionTransformer, blocks: int, *, prunes: bool) -> onnx
     return _exported(cut, (_images(model),), ["images"], outputs)
 
 
-def suffix_graph(model: VisionTransformer, first: int, *, prunes: bool) -> onnx.ModelProto:
+def suffix_graph(model: AnyViT, first: int, *, prunes: bool) -> onnx.ModelProto:
     """The blocks from `first` up with classifier and loss, ready for the gradient builder. Raises: as `prefix_graph`."""
     cut = Suffix(model, first, len(model.blocks), prunes=prunes and first < len(model.blocks))
     inputs = _images(model)
@@ -121,7 +121,7 @@ def suffix_graph(model: VisionTransformer, first: int, *, prunes: bool) -> onnx.
     return _exported(cut, (inputs, targets), ["images" if first == 0 else "features", "targets"], outputs)
 
 
-def _images(model: VisionTransformer) -> Tensor:
+def _images(model: AnyViT) -> Tensor:
     height, width = model.patch_embed.img_size or model.pretrained_cfg["input_size"][1:]
     return torch.rand(2, 3, int(height), int(width))
 
@@ -179,7 +179,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _exportable(model: VisionTransformer) -> Iterator[None]:
+def _exportable(model: AnyViT) -> Iterator[None]:
     """While this is entered, attention is made of plain operators, and nothing is dropped at random."""
     changed = []
     for module in model.modules():

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgetune.vit.plain import VisionTransformer
+from edgetune.vit.plain import AnyViT
 
 _MARK = "_edgetune_half"
 
 
-def store_half(model: VisionTransformer, blocks: int) -> None:
+def store_half(model: AnyViT, blocks: int) -> None:
     """Store the float32 weights of the lowest `blocks` blocks as bfloat16. Those that are so already stay."""
     for block in model.blocks[:blocks]:
         for module in block.modules():

@@ -101,8 +101,8 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         tokens = functional.scaled_dot_product_attention(q, k, v)
         tokens = tokens.transpose(1, 2).reshape(batch, count, width)
-        tokens = self.proj(tokens)
-        return tokens
+        mixed: Tensor = self.proj(tokens)
+        return mixed
 
 
 class Mlp(nn.Module):
@@ -115,8 +115,8 @@ class Mlp(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = self.fc1(tokens)  # under one name: what is read no more is held no longer
         tokens = self.act(tokens)
-        tokens = self.fc2(tokens)
-        return tokens
+        mixed: Tensor = self.fc2(tokens)
+        return mixed
 
 
 class Block(nn.Module):
@@ -146,8 +146,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         tokens = tokens + self.ls1(self.attn(self.norm1(tokens)))
-        tokens = tokens + self.ls2(self.mlp(self.norm2(tokens)))
-        return tokens
+        mixed: Tensor = tokens + self.ls2(self.mlp(self.norm2(tokens)))
+        return mixed
 
 
 class AttentionPool(nn.Module):

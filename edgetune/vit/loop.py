@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from edgetune.cost import Recompute, Selection
 from edgetune.errors import UnsupportedModel
 from edgetune.regions import region_of, trains
-from edgetune.vit.plain import VisionTransformer
+from edgetune.vit.plain import AnyViT
 from edgetune.vit.recompute import run_recomputed
 from edgetune.vit.stock import is_vision_transformer, plain_forward
 
 
-def check_supported(model: Any, name: str) -> VisionTransformer:
+def check_supported(model: Any, name: str) -> AnyViT:
     """The model, as what the loop knows: ours, or one of timm's that has all that ours has.
 
     Raises: UnsupportedModel if it is another architecture, or one that runs its blocks in a way of its own.
@@ -45,11 +45,10 @@ def check_supported(model: Any, name: str) -> VisionTransformer:
     channels = getattr(model, "in_chans", 3)
     if channels != 3:
         raise UnsupportedModel(f"{name} takes images of {channels} channels; edgetune feeds RGB.")
-    supported: VisionTransformer = model
-    return supported
+    return model
 
 
-def apply_selection(model: VisionTransformer, selection: Selection) -> None:
+def apply_selection(model: AnyViT, selection: Selection) -> None:
     """Make exactly the selected regions trainable and in training mode; every other keeps no gradient and is in eval mode.
 
     BatchNorm (hybrid stems) stays in eval mode even where it trains: its statistics are those of pretraining.
@@ -72,14 +71,14 @@ def apply_selection(model: VisionTransformer, selection: Selection) -> None:
             module.eval()
 
 
-def embed(model: VisionTransformer, images: Tensor) -> Tensor:
+def embed(model: AnyViT, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) -> tokens (B, P + N, D): prefix tokens first."""
     tokens = model._pos_embed(model.patch_embed(images))
     embedded: Tensor = model.norm_pre(model.patch_drop(tokens))
     return embedded
 
 
-def prefix(model: VisionTransformer, images: Tensor, patch_tokens: Sequence[int], *, pooled: bool) -> Tensor:
+def prefix(model: AnyViT, images: Tensor, patch_tokens: Sequence[int], *, pooled: bool) -> Tensor:
     """Images (B, 3, H, W) -> what the lowest blocks put out, (B, P + N, D), without gradient.
 
     `patch_tokens`: how many enter each of these blocks and, last, how many leave them. `pooled`: of these, only the
@@ -92,7 +91,7 @@ def prefix(model: VisionTransformer, images: Tensor, patch_tokens: Sequence[int]
         return tokens[:, : model.num_prefix_tokens] if pooled else tokens
 
 
-def summaries(model: VisionTransformer, images: Tensor, ways: Sequence[tuple[Sequence[int], int]]) -> list[Tensor]:
+def summaries(model: AnyViT, images: Tensor, ways: Sequence[tuple[Sequence[int], int]]) -> list[Tensor]:
     """What the lowest blocks put out in each of several ways, (B, 2 D): the class token (or nothing) and the mean of the
     patch tokens.
 
@@ -126,7 +125,7 @@ def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 
 def forward(
-    model: VisionTransformer,
+    model: AnyViT,
     inputs: Tensor,
     selection: Selection,
     *,
@@ -227,6 +226,6 @@ class _Keep(torch.autograd.Function):
         return gradient.new_zeros(ctx.shape).scatter_(1, index, gradient), None
 
 
-def named_regions(model: VisionTransformer) -> Iterator[tuple[str | int, str, nn.Parameter]]:
+def named_regions(model: AnyViT) -> Iterator[tuple[str | int, str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         yield region_of(name), name, parameter

@@ -29,7 +29,7 @@ from edgetune.vit.names import (
     read_config,
     weights_file,
 )
-from edgetune.vit.plain import VisionTransformer, build
+from edgetune.vit.plain import AnyViT, build
 from edgetune.vit.shape import shape_of
 from edgetune.vit.stock import known_names
 from edgetune.vit.weights import built_empty, classifier_names, load_all_weights, load_weights, reading_bytes
@@ -111,7 +111,7 @@ def load_copies(source: ModelSource, weights_bytes: int) -> float:
     return max(1.0, reading_bytes(path) / weights_bytes)
 
 
-def _hub_weights(name: str, model: VisionTransformer) -> Path:
+def _hub_weights(name: str, model: AnyViT) -> Path:
     """The file of a model's pretrained weights on this disk. Raises: WeightsError if it can't be had."""
     try:
         with hub_errors_at_once():
@@ -148,17 +148,17 @@ def needs_timm(source: ModelSource) -> bool:
     return described(source) is None
 
 
-def build_meta(source: ModelSource, classes: int) -> tuple[VisionTransformer, ViTShape]:
+def build_meta(source: ModelSource, classes: int) -> tuple[AnyViT, ViTShape]:
     """The model on torch's meta device, where it takes no memory, and its shape. Raises: as `describe`."""
     with torch.device("meta"):
         model = _built(source, classes, empty=False)
     return model, shape_of(model, source.name)
 
 
-def _built(source: ModelSource, classes: int, *, empty: bool) -> VisionTransformer:
+def _built(source: ModelSource, classes: int, *, empty: bool) -> AnyViT:
     """The model with random weights, or `empty` for weights to come; its classifier is for `classes`."""
 
-    def create() -> VisionTransformer:
+    def create() -> AnyViT:
         description = described(source)
         if description is None:
             return check_supported(stock.create(source, classes), source.name)
@@ -172,7 +172,7 @@ def _built(source: ModelSource, classes: int, *, empty: bool) -> VisionTransform
     return model
 
 
-def preprocess_of(model: VisionTransformer) -> Preprocess:
+def preprocess_of(model: AnyViT) -> Preprocess:
     """The evaluation preprocessing that the model's config asks for, at the size it was built for.
 
     Raises: WeightsError or DataError if the config's numbers can't be used.
@@ -232,7 +232,7 @@ def timm_config(loaded: LoadedModel, labels: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def load_saved(folder: Path, weights: Path, classes: int) -> VisionTransformer:
+def load_saved(folder: Path, weights: Path, classes: int) -> AnyViT:
     """A run folder's model with its head, in eval mode.
 
     Raises: WeightsError if its weights are missing, damaged, or not those of its config.

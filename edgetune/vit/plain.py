@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
 from edgetune.vit.layers import ACTIVATIONS, AttentionPool, Block, LayerNorm, Linear, PatchEmbed, trunc_normal_
+
+# Ours, or one of timm's that has the same parts: it can't be named without importing timm.
+AnyViT: TypeAlias = Any
 
 
 class Architecture(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -205,7 +208,8 @@ class DistilledVisionTransformer(VisionTransformer):
             return (tokens + dist_token) / 2
         tokens = self.head(tokens)
         dist_token = self.head_dist(dist_token)
-        return (tokens + dist_token) / 2
+        answer: Tensor = (tokens + dist_token) / 2
+        return answer
 
 
 def build(architecture: Architecture, classes: int) -> VisionTransformer:

@@ -12,7 +12,7 @@ from edgetune.cost.probed import ProbedPart
 from edgetune.errors import UnsupportedModel
 from edgetune.regions import EMBEDDING_NAMES, region_of
 from edgetune.vit.loop import embed, named_regions, run_block
-from edgetune.vit.plain import VisionTransformer
+from edgetune.vit.plain import AnyViT
 from edgetune.vit.probe import Stream, is_transposed, probe_block, probe_embed, probe_head
 from edgetune.vit.recompute import has_mlp_half
 from edgetune.vit.stock import kinds
@@ -23,7 +23,7 @@ def _plain_activations() -> tuple[type, ...]:
     return (nn.GELU, nn.SiLU, *kinds("GELUTanh"))
 
 
-def shape_of(model: VisionTransformer, name: str) -> ViTShape:
+def shape_of(model: AnyViT, name: str) -> ViTShape:
     """What the cost model needs to know of a model, read off its modules, or seen where they are not plain.
 
     Raises: UnsupportedModel if a part can't be run without memory, so that what it holds can't be foreseen.
@@ -98,12 +98,12 @@ def _once(what: Any, find: Callable[[], ProbedPart]) -> ProbedPart:
     return _found[what]
 
 
-def _stream(model: VisionTransformer, image_px: tuple[int, int]) -> Stream:
+def _stream(model: AnyViT, image_px: tuple[int, int]) -> Stream:
     prefix = model.num_prefix_tokens
     return Stream(model.embed_dim, prefix, prefix == 0 and is_transposed(model, embed, image_px))
 
 
-def _probed_block(model: VisionTransformer, number: int, stream: Stream) -> ProbedPart:
+def _probed_block(model: AnyViT, number: int, stream: Stream) -> ProbedPart:
     block = model.blocks[number]
     prunes = bool(model.has_class_token) and isinstance(getattr(block, "attn", None), kinds("Attention"))
     half = has_mlp_half(block)
@@ -113,14 +113,14 @@ def _probed_block(model: VisionTransformer, number: int, stream: Stream) -> Prob
     )
 
 
-def _probed_embed(model: VisionTransformer, image_px: tuple[int, int]) -> ProbedPart:
+def _probed_embed(model: AnyViT, image_px: tuple[int, int]) -> ProbedPart:
     outer = [(name, repr(module)) for name, module in model.named_children() if name in EMBEDDING_NAMES]
     tensors = [tuple(parameter.shape) for region, _, parameter in named_regions(model) if region == "embeddings"]
     what = (str(outer), tuple(tensors), model.no_embed_class, image_px)
     return _once(what, lambda: probe_embed(model, embed, image_px))
 
 
-def _probed_head(model: VisionTransformer, stream: Stream) -> ProbedPart:
+def _probed_head(model: AnyViT, stream: Stream) -> ProbedPart:
     # Classes are what its figures grow with, and not in them.
     modules = {name: repr(module) for name, module in model.named_children() if region_of(name) == "head"}
     pooling = (model.global_pool, model.pool_include_prefix, modules.pop("head_drop"))

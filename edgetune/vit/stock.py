@@ -35,7 +35,7 @@ def stock(module: str = "timm", *, wanted: str) -> Any:
         ) from error
 
 
-def kinds(name: str) -> tuple[type, ...]:
+def kinds(name: str) -> tuple[Any, ...]:
     """Our class of a name (`Block`, `Attention`, ...) and timm's, where timm has been imported: else nothing is of it."""
     own = getattr(plain, name, None) or getattr(layers, name, None)
     found = [own] if own is not None else []
@@ -100,7 +100,9 @@ def hub_model_args(name: str) -> dict[str, Any]:
 def converted(state: dict[str, Any], model: Any) -> dict[str, Any]:
     """A weights file's tensors as timm's own filter turns them into a model's. Raises: BackendUnavailable; what timm does."""
     vit = stock(_VIT, wanted="a weights file in a foreign layout")
-    result: dict[str, Any] = vit.checkpoint_filter_fn(state, model, adapt_layer_scale=True, **_filter_options(model, vit))
+    result: dict[str, Any] = vit.checkpoint_filter_fn(
+        state, model, adapt_layer_scale=True, **_filter_options(model, vit)
+    )
     return result
 
 
@@ -169,4 +171,3 @@ def is_vision_transformer(model: Any) -> bool:
 def plain_forward(model: Any) -> bool:
     """Whether a model runs its parts as the Vision Transformer does that its class is made from."""
     return any(type(model).forward_features is kind.forward_features for kind in kinds("VisionTransformer"))
-

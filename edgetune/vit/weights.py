@@ -24,7 +24,7 @@ from edgetune.data import shown
 from edgetune.errors import EdgetuneError, WeightsError
 from edgetune.vit import stock
 from edgetune.vit.layouts import as_the_models
-from edgetune.vit.plain import VisionTransformer, fresh_linear
+from edgetune.vit.plain import AnyViT, VisionTransformer, fresh_linear
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -35,7 +35,7 @@ _DTYPES = {
 _ANY_CLASSIFIER = ("head.", "head_dist.")
 
 
-def built_empty(build: Callable[[], VisionTransformer]) -> VisionTransformer:
+def built_empty(build: Callable[[], AnyViT]) -> AnyViT:
     """The model on torch's meta device, where it takes no memory until `load_weights` or `load_all_weights` fills it.
 
     What timm computes while it builds and no file holds (position grids, say) is taken from a model built in full,
@@ -60,7 +60,7 @@ def _computed(model: nn.Module) -> Iterator[tuple[str, str, Tensor]]:
                 yield path, name, value
 
 
-def load_weights(model: VisionTransformer, path: Path, *, strangers: bool = False) -> None:
+def load_weights(model: AnyViT, path: Path, *, strangers: bool = False) -> None:
     """Fill an empty model with everything but the classifier, which gets fresh values from torch's generator.
 
     Tensors that the model has no place for are refused, unless `strangers` are welcome.
@@ -88,7 +88,7 @@ def load_weights(model: VisionTransformer, path: Path, *, strangers: bool = Fals
     _fresh_classifier(model)
 
 
-def load_all_weights(model: VisionTransformer, path: Path) -> None:
+def load_all_weights(model: AnyViT, path: Path) -> None:
     """Fill an empty model with exactly its own tensors, the classifier's included.
 
     Raises: WeightsError if the file is missing or damaged; RuntimeError, in torch's words, if it does not fit.
@@ -245,7 +245,7 @@ def _owned(value: Tensor, target: Tensor, taken: set[int]) -> Tensor:
     return value
 
 
-def _fresh_classifier(model: VisionTransformer) -> None:
+def _fresh_classifier(model: AnyViT) -> None:
     """The values with which timm builds a classifier, from torch's generator."""
     ours = isinstance(model, VisionTransformer)
     initialise = (lambda layer, _name: fresh_linear(layer)) if ours else stock.fresh_layer(model)
@@ -256,6 +256,6 @@ def _fresh_classifier(model: VisionTransformer) -> None:
         initialise(layer, name)
 
 
-def classifier_names(model: VisionTransformer) -> tuple[str, ...]:
+def classifier_names(model: AnyViT) -> tuple[str, ...]:
     """The modules that are replaced for the data's classes."""
     return ("head", "head_dist") if hasattr(model, "head_dist") else ("head",)

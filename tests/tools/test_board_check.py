@@ -34,7 +34,10 @@ def out(tmp_path: Path) -> Path:
     }  # fmt: skip
     (tmp_path / "facts.txt").write_text("".join(f"{name}={value}\n" for name, value in facts.items()))
     for job in ("run", "resume", "evaluate", "killed", "refused"):
-        lines = [f"VmHWM:\t  {240 * 1024} kB\nRssAnon:\t  {size * 1024} kB\nRssFile:\t 60000 kB\n" for size in (100, 180, 170)]
+        lines = [
+            f"VmHWM:\t  {240 * 1024} kB\nRssAnon:\t  {size * 1024} kB\nRssFile:\t 60000 kB\n"
+            for size in (100, 180, 170)
+        ]
         (tmp_path / f"{job}.memory").write_text("".join(lines))
         (tmp_path / f"{job}.log").write_text(f"{job} said something\n")
     (tmp_path / "limit.log").write_text("".join(f"{size * MIB}\n" for size in (1, 2, 430)))

@@ -39,7 +39,9 @@ def test_every_arm_profile_that_trains_with_torch_is_in_the_docs() -> None:
     docs = (ROOT / "docs" / "boards.md").read_text()
     for path in (ROOT / "device_profiles").glob("*.toml"):
         if "[runtime.torch]" in path.read_text():
-            known = any(path.stem.startswith(start) for start in ("raspberry-pi-4", "raspberry-pi-5", "coral-dev-board"))
+            known = any(
+                path.stem.startswith(start) for start in ("raspberry-pi-4", "raspberry-pi-5", "coral-dev-board")
+            )
             known = known or path.stem.startswith("jetson-orin-nano") or path.stem in docs
             assert known or path.stem.removeprefix("raspberry-pi") in docs, path.stem
 
@@ -54,7 +56,12 @@ def test_no_wheel_for_a_newer_glibc_is_asked_for(wheels: ModuleType) -> None:
 
 @pytest.mark.parametrize(("code", "said", "wanted"), [(0, "", 0), (1, "ERROR: No matching distribution for torch", 1)])
 def test_a_row_that_does_not_install_fails_and_is_named(
-    wheels: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int, said: str, wanted: int
+    wheels: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    said: str,
+    wanted: int,
 ) -> None:
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         failed = code if "torch==2.5.1" in command else 0

@@ -13,9 +13,9 @@ pytest.importorskip("timm")
 
 import msgspec
 import timm
+from shapes import settled
 from timm.data import resolve_model_data_config
 from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
-from shapes import settled
 from torch import Tensor
 
 from edgetune.errors import BackendUnavailable, UnknownModel
@@ -200,9 +200,7 @@ def test_a_folder_whose_arguments_are_not_known_is_timms_to_build(tmp_path: Path
     model = load_model(source, CLASSES).model
     assert isinstance(model, VisionTransformer)
     theirs = timm.create_model(source.name, num_classes=CLASSES)
-    assert [(key, value.shape) for key, value in _fixed(model)] == [
-        (key, value.shape) for key, value in _fixed(theirs)
-    ]
+    assert [(key, value.shape) for key, value in _fixed(model)] == [(key, value.shape) for key, value in _fixed(theirs)]
     assert preprocess_of(model) == preprocess_of(theirs)
     _assert_config_is(model.pretrained_cfg, theirs.pretrained_cfg)
     assert resolve_model_data_config(theirs)["input_size"] == (3, 32, 32)
@@ -251,9 +249,9 @@ def _no_timm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_timm_the_rest_is_refused_by_name() -> None:
     with pytest.raises(BackendUnavailable, match="needs timm, which is not here"):
         load_model(ModelSource(name="local-dir:" + str(_folder_of("test_vit")), pretrained=False), CLASSES)
-    with pytest.raises(UnknownModel, match="known without timm.*Did you mean deit_tiny_patch16_224"):
+    with pytest.raises(UnknownModel, match=r"known without timm.*Did you mean deit_tiny_patch16_224"):
         load_model(ModelSource(name="deit_tiny_patch16_244", pretrained=False), CLASSES)
-    with pytest.raises(UnknownModel, match="Try deit_tiny_patch16_224 or deit_tiny_patch16_224.fb_in1k"):
+    with pytest.raises(UnknownModel, match=r"Try deit_tiny_patch16_224 or deit_tiny_patch16_224\.fb_in1k"):
         load_model(ModelSource(name="deit_tiny_patch16_224.nonsense", pretrained=False), CLASSES)
 
 

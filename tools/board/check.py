@@ -33,7 +33,9 @@ def facts(folder: Path) -> dict[str, str]:
 def peak_bytes(folder: Path, job: str, field: str = "RssAnon") -> int:
     """The highest figure that was seen of a job from outside."""
     path = folder / f"{job}.memory"
-    found = re.findall(rf"^{field}:\s+(\d+) kB", path.read_text(encoding="utf-8"), re.MULTILINE) if path.is_file() else []
+    found = (
+        re.findall(rf"^{field}:\s+(\d+) kB", path.read_text(encoding="utf-8"), re.MULTILINE) if path.is_file() else []
+    )
     if not found:
         raise Missing(f"nothing was seen of the memory of {job}")
     return max(map(int, found)) * 1024

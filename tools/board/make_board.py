@@ -14,14 +14,15 @@ import os
 import shutil
 import subprocess
 import sys
-import tomllib
 import zipfile
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "benchmarks")]
 
-import check
-import startup
+import check  # noqa: E402
+import startup  # noqa: E402
+
+from edgetune.profiles import load_profile  # noqa: E402
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -57,7 +58,9 @@ def main() -> int:
     print(f"booting {asked.mem} MiB, {asked.cores} x {asked.cpu} ...", flush=True)
     with (work / f"{job.name}.console").open("w") as console:
         subprocess.run(
-            ["bash", HERE / "boot.sh", image, job, str(asked.mem), asked.cpu, str(asked.cores)], stdout=console, check=False
+            ["bash", HERE / "boot.sh", image, job, str(asked.mem), asked.cpu, str(asked.cores)],
+            stdout=console,
+            check=False,
         )
     return _judge(job / "out", asked, image)
 
@@ -101,8 +104,7 @@ def _job(job: Path, asked: argparse.Namespace) -> None:
 
 
 def _judge(out: Path, asked: argparse.Namespace, image: Path) -> int:
-    profile = tomllib.loads((ROOT / "device_profiles" / f"{asked.profile}.toml").read_text())
-    usable = profile.get("usable_anonymous_bytes")
+    usable = load_profile(ROOT / "device_profiles" / f"{asked.profile}.toml").usable_anonymous_bytes
     try:
         found = json.loads((out / "startup.json").read_text())
         lean = startup.is_lean(found)
