@@ -133,3 +133,25 @@ def test_what_was_recorded_of_boards_held() -> None:
         assert found["board"]["refused.rc"] in ("3", "4")
         assert found["board"]["swap_total_kb"] == "0"
         assert max(found["rss_anon_bytes"][job] for job in ("run", "resume", "evaluate")) < found["limit_bytes"]
+
+
+def test_the_table_names_versions_and_gives_the_figures(
+    check: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools" / "board"))
+    import record
+
+    def mark(anonymous: int, file: int, seconds: float) -> dict[str, float]:
+        return {"anonymous_bytes": anonymous * MIB, "file_bytes": file * MIB, "seconds": seconds, "modules": 9}
+
+    marks = {"start": mark(7, 5, 1.0), "torch": mark(140, 74, 41.0), "ready": mark(147, 76, 43.0)}
+    facts = check.facts(out) | {"kernel": "Linux 6.1 aarch64"}
+    found = {
+        "what": "a board", "qemu": "QEMU 7.2", "board": facts, "packages": ["torch==2.9.1", "pygments==1"],
+        "startup": {"marks": marks}, "report": json.loads((out / "report.json").read_text()), "limit_bytes": 430 * MIB,
+        "rss_anon_bytes": {job: check.peak_bytes(out, job) for job in record.JOBS}, "refused_said": "one\nneeds 5 GiB",
+    }  # fmt: skip
+    text = record.text([found])
+    assert "| a board | 7.0 + 2.0 | 0.05 | 180, 180, 180 | 241 of 420 | 430 |" in text
+    assert "exit 3: needs 5 GiB" in text
+    assert "QEMU 7.2; torch==2.9.1\n" in text

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "benchmarks")]
 
 import check  # noqa: E402
+import record  # noqa: E402
 import startup  # noqa: E402
 
 from edgetune.profiles import load_profile  # noqa: E402
@@ -127,29 +128,8 @@ def _judge(out: Path, asked: argparse.Namespace, image: Path) -> int:
     what = f"{asked.profile}, {asked.mem} MiB, {asked.cores} x {asked.cpu}, {torch}"
     print(check.closing_line(out, usable_anonymous_bytes=usable, what=what))
     if asked.record:
-        _record(out, what, found, asked)
+        record.add(out, what, found)
     return 0
-
-
-def _record(out: Path, what: str, found: dict[str, object], asked: argparse.Namespace) -> None:
-    qemu = subprocess.run(["qemu-system-aarch64", "--version"], capture_output=True, text=True, check=True).stdout
-    figures = check.facts(out)
-    jobs = ("run", "resume", "evaluate", "killed", "refused")
-    line = {
-        "what": what,
-        "qemu": qemu.splitlines()[0],
-        "board": figures,
-        "packages": (out / "packages.txt").read_text().split(),
-        "startup": found,
-        "report": json.loads((out / "report.json").read_text()),
-        "limit_bytes": check.limit_bytes(out),
-        "rss_anon_bytes": {job: check.peak_bytes(out, job) for job in jobs},
-        "vm_hwm_bytes": {job: check.peak_bytes(out, job, "VmHWM") for job in jobs},
-        "refused_said": check.said(out, "refused")[-600:],
-    }
-    path = ROOT / "benchmarks" / "results" / "board.jsonl"
-    kept = [each for each in path.read_text().splitlines() if json.loads(each)["what"] != what] if path.exists() else []
-    path.write_text("\n".join([*kept, json.dumps(line)]) + "\n")
 
 
 if __name__ == "__main__":
