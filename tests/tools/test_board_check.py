@@ -30,10 +30,10 @@ def out(tmp_path: Path) -> Path:
     facts = {
         "mem_total_kb": 490000, "install.rc": 0, "requirements.rc": 0, "startup.rc": 0, "limit.rc": 137, "limit.kills": 1,
         "run.rc": 143, "run.oom_kills": 1, "resume.rc": 0, "resume.oom_kills": 1, "evaluate.rc": 0, "evaluate.oom_kills": 1,
-        "killed.rc": 137, "killed.oom_kills": 2, "refused.rc": 3, "refused.oom_kills": 2,
+        "killed.rc": 137, "killed.oom_kills": 2, "promised.rc": 4, "promised.oom_kills": 2, "refused.rc": 3, "refused.oom_kills": 2,
     }  # fmt: skip
     (tmp_path / "facts.txt").write_text("".join(f"{name}={value}\n" for name, value in facts.items()))
-    for job in ("run", "resume", "evaluate", "killed", "refused"):
+    for job in ("run", "resume", "evaluate", "killed", "promised", "refused"):
         lines = [
             f"VmHWM:\t  {240 * 1024} kB\nRssAnon:\t  {size * 1024} kB\nRssFile:\t 60000 kB\n"
             for size in (100, 180, 170)
@@ -41,7 +41,7 @@ def out(tmp_path: Path) -> Path:
         (tmp_path / f"{job}.memory").write_text("".join(lines))
         (tmp_path / f"{job}.log").write_text(f"{job} said something\n")
     (tmp_path / "limit.log").write_text("".join(f"{size * MIB}\n" for size in (1, 2, 430)))
-    report = {"simulated": False, "within_cap": True, "peak_bytes": 241 * MIB, "cap_bytes": 420 * MIB}
+    report = {"simulated": False, "within_cap": True, "device_peak_bytes": 241 * MIB, "cap_bytes": 420 * MIB}
     (tmp_path / "report.json").write_text(json.dumps(report))
     return tmp_path
 
@@ -91,14 +91,15 @@ def _gone(name: str) -> Callable[[Path], None]:
         (_fact("evaluate.oom_kills", 2), "killed 1 processes"),
         (_fact("killed.rc", 0), "was not killed by the kernel"),
         (_fact("killed.oom_kills", 1), "was not killed by the kernel"),
+        (_fact("promised.rc", 0), "neither stopped nor killed"),
         (_fact("refused.rc", 137), "did not end by itself"),
         (_fact("refused.rc", 0), "did not end by itself"),
         (_fact("refused.oom_kills", 3), "was killed by the kernel"),
         (lambda out: (out / "refused.log").write_text(""), "say why"),
         (_report("simulated", True), "took itself for a simulation"),
         (_report("within_cap", False), "not within the cap"),
-        (_report("peak_bytes", 500 * MIB), "not within the cap"),
-        (_report("peak_bytes", 100 * MIB), "from outside 240 were seen"),
+        (_report("device_peak_bytes", 500 * MIB), "not within the cap"),
+        (_report("device_peak_bytes", 100 * MIB), "from outside 240 were seen"),
         (lambda out: (out / "run.memory").write_text(f"RssAnon: {401 * 1024} kB\n"), "401 MiB of anonymous memory"),
         (lambda out: (out / "report.json").write_text("{"), "can't be read"),
     ],

@@ -9,5 +9,6 @@ busybox mount -t ext4 "$(busybox findfs LABEL=job)" /mnt || busybox poweroff -f
 mkdir -p /mnt/out
 cd /mnt && sh /mnt/job.sh
 echo $? > /mnt/out/job.rc
+cd / && sync
 busybox umount /mnt
 busybox poweroff -f

@@ -91,20 +91,22 @@ def _problems(folder: Path, found: dict[str, str], usable: int | None, lean: boo
     yield from _report_problems(json.loads((folder / "report.json").read_text(encoding="utf-8")), folder)
     if number(found, "killed.rc") != KILLED or number(found, "killed.oom_kills") <= number(found, "evaluate.oom_kills"):
         yield f"what does not fit was not killed by the kernel (exit code {found['killed.rc']})"
+    if number(found, "promised.rc") not in (*ENDED_BY_ITSELF, KILLED):
+        yield f"what was promised memory that isn't there was neither stopped nor killed (exit code {found['promised.rc']})"
     if number(found, "refused.rc") not in ENDED_BY_ITSELF or not said(folder, "refused"):
         yield f"what does not fit did not end by itself and say why (exit code {found['refused.rc']})"
-    if number(found, "refused.oom_kills") != number(found, "killed.oom_kills"):
+    if number(found, "refused.oom_kills") != number(found, "promised.oom_kills"):
         yield "what was to end by itself was killed by the kernel"
 
 
 def _report_problems(report: dict[str, Any], folder: Path) -> Any:
     if report["simulated"]:
         yield "the run took itself for a simulation: this board is not the profile's"
-    if report["within_cap"] is not True or report["peak_bytes"] > report["cap_bytes"]:
-        yield f"not within the cap: {report['peak_bytes']} of {report['cap_bytes']} bytes"
+    if report["within_cap"] is not True or report["device_peak_bytes"] > report["cap_bytes"]:
+        yield f"not within the cap: {report['device_peak_bytes']} of {report['cap_bytes']} bytes"
     seen = peak_bytes(folder, "resume", "VmHWM")
-    if report["peak_bytes"] < 0.9 * seen:
-        yield f"the report's peak is {report['peak_bytes'] / MIB:.0f} MiB; from outside {seen / MIB:.0f} were seen"
+    if report["device_peak_bytes"] < 0.9 * seen:
+        yield f"the report's peak is {report['device_peak_bytes'] / MIB:.0f} MiB; from outside {seen / MIB:.0f} were seen"
 
 
 def closing_line(folder: Path, *, usable_anonymous_bytes: int | None, what: str) -> str:
@@ -114,9 +116,10 @@ def closing_line(folder: Path, *, usable_anonymous_bytes: int | None, what: str)
     of = "" if usable_anonymous_bytes is None else f" of {usable_anonymous_bytes / MIB:.0f}"
     killed = number(found, "evaluate.oom_kills") - number(found, "limit.kills")
     return (
-        f"board: {what}: exit {found['resume.rc']}, within cap ({report['peak_bytes'] / MIB:.0f} of "
+        f"board: {what}: exit {found['resume.rc']}, within cap ({report['device_peak_bytes'] / MIB:.0f} of "
         f"{report['cap_bytes'] / MIB:.0f} MiB), RssAnon {peak / MIB:.0f}{of} MiB, oom_kill {killed}; "
-        f"too large: killed ({found['killed.rc']}), under its cap: exit {found['refused.rc']}; "
+        f"too large: killed ({found['killed.rc']}), promised 4 GiB: exit {found['promised.rc']}, under its cap: exit "
+        f"{found['refused.rc']}; "
         f"one process can have {limit_bytes(folder) / MIB:.0f} MiB here"
     )
 

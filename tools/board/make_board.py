@@ -89,7 +89,7 @@ def _job(job: Path, asked: argparse.Namespace) -> None:
     job.mkdir(parents=True)
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(job), str(ROOT)]
     subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
-    for name in ("job.sh", "anonymous.py"):
+    for name in ("job.sh", "anonymous.py", "unguarded.py"):
         shutil.copy(HERE / name, job)
     shutil.copy(ROOT / "benchmarks" / "startup.py", job)
     settings = {"PROFILE": asked.profile, "STEPS": asked.steps, "BATCH": asked.batch}

@@ -16,7 +16,7 @@ from writing import table  # noqa: E402
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RESULTS = BENCHMARKS / "results" / "board.jsonl"
-JOBS = ("run", "resume", "evaluate", "killed", "refused")
+JOBS = ("run", "resume", "evaluate", "killed", "promised", "refused")
 MIB = check.MIB
 # Named below the table, beside what the board's system is made of.
 PACKAGES = ("edgetune", "torch", "numpy", "pillow", "safetensors", "msgspec")
@@ -49,7 +49,7 @@ def results() -> list[dict[str, Any]]:
 def text(found: list[dict[str, Any]]) -> str:
     columns = [
         "board", "edgetune beside torch, before the model", "time, of `import torch`", "RssAnon: run, resume, evaluate",
-        "report: peak of cap", "one process can have", "too large", "under the board's own cap",
+        "report: peak of cap", "one process can have", "too large, unwatched", "promised 4 GiB", "under the board's own cap",
     ]  # fmt: skip
     return (
         "# Emulated boards\n\n"
@@ -67,9 +67,10 @@ def _row(each: dict[str, Any]) -> list[str]:
         f"{own['anonymous_bytes'] / MIB:.1f} + {own['file_bytes'] / MIB:.1f}",
         f"{own['of_torch']:.2f}",
         ", ".join(f"{memory[job] / MIB:.0f}" for job in ("run", "resume", "evaluate")),
-        f"{report['peak_bytes'] / MIB:.0f} of {report['cap_bytes'] / MIB:.0f}",
+        f"{report['device_peak_bytes'] / MIB:.0f} of {report['cap_bytes'] / MIB:.0f}",
         f"{each['limit_bytes'] / MIB:.0f}",
         f"killed by the kernel ({each['board']['killed.rc']})",
+        f"exit {each['board']['promised.rc']}",
         f"exit {each['board']['refused.rc']}: {each['refused_said'].splitlines()[-1][:200]}",
     ]
 
