@@ -1,6 +1,6 @@
 """The layers of a plain Vision Transformer, under the names that timm gives them and with timm's arithmetic, bit for bit.
 
-Importing timm costs a small board more than torch's own anonymous memory leaves it (docs/decisions/0011-own-vit.md). What
+Importing timm costs a small board more than torch's own anonymous memory leaves it (docs/decisions/0012-own-vit.md). What
 timm's layers can do beside this (dropout, drop path, gates, other norms) stays timm's: a model that asks for it is built
 by timm.
 """

@@ -1,6 +1,6 @@
 """timm, for the models that `vit.plain` can't build and for weights in foreign layouts: imported when one is asked for.
 
-On a small board that import is what does not fit (docs/decisions/0011-own-vit.md), and timm need not be installed at all.
+On a small board that import is what does not fit (docs/decisions/0012-own-vit.md), and timm need not be installed at all.
 """
 
 from __future__ import annotations
