@@ -18,8 +18,8 @@ PROCESS_BYTES = 6 * MIB
 CACHE_CODE_BYTES = 2 * MIB
 # What small tensors of blocks that train leave as holes, where all of them may train; else their share of it.
 HOLES_BYTES = 3 * MIB
-# More of them where the number of tokens changes from step to step.
-TOKEN_HOLES_BYTES = MIB
+# More of them where the number of tokens changes from step to step: in 500 steps RSS creeps up by this much.
+TOKEN_HOLES_BYTES = 3 * MIB
 # Where RLIMIT_DATA holds the cap: it must leave room for code that is paged in later, which it does not count.
 LIMIT_BYTES = 5 * MIB
 # Micro-batches that exist beside the one being computed: one being loaded, one waiting.
