@@ -59,6 +59,7 @@ ARROWS: dict[str, set[str]] = {
     "job": {"alast", "backends", "cost", "data", "errors", "methods", "planner", "report", "settings"},
     "replay": {"errors", "job", "planner", "units"},
     "probes": {"planner"},
+    "warmup": {"data", "probes"},
     "caching": {"backends", "cost", "data", "features", "job", "planner", "replay", "settings"},
     "heads": {"caching", "data", "job", "planner", "probes", "replay"},
     "trainer": {"alast", "backends", "caching", "cost", "data", "errors", "job", "methods", "planner", "replay", "report"},
@@ -75,7 +76,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "prepare": {
         "cost", "data", "enforce", "engines", "errors", "job", "judge", "memory", "methods", "planner",
-        "profiles", "settings", "shapes", "system", "units",
+        "profiles", "settings", "shapes", "system", "units", "warmup",
     },
     "splits": {"backends", "cost", "data", "job", "methods", "planner", "prepare", "probes", "units"},
     "session": {
