@@ -12,7 +12,6 @@ from edgetune.planner.prefix import cached_prefix
 from edgetune.planner.setups import setup_of
 from edgetune.planner.values import (
     ALLOCATOR_SHARE,
-    CACHE_CODE_BYTES,
     HOLES_BYTES,
     JUDGED_IMAGES,
     LIMIT_BYTES,
@@ -48,8 +47,7 @@ def kept_free_bytes(request: PlanRequest, lossy: Lossy) -> int:
     depth, space = request.shape.depth, request.space
     ever_train = depth - lossy.split_block if space.draws and lossy.trained_blocks else lossy.trained_blocks
     changing = TOKEN_HOLES_BYTES if space.prunes_tokens else 0
-    caching = CACHE_CODE_BYTES if cached_prefix(request, lossy) is not None else 0
-    return HOLES_BYTES * ever_train // depth + changing + caching + (LIMIT_BYTES if request.by_limit else 0)
+    return HOLES_BYTES * ever_train // depth + changing + (LIMIT_BYTES if request.by_limit else 0)
 
 
 def most_live_bytes(request: PlanRequest, lossy: Lossy) -> int:
