@@ -64,6 +64,7 @@ bench: setup
 	$(BIN)/python benchmarks/levers.py
 	$(BIN)/python benchmarks/cap.py
 	$(BIN)/python benchmarks/prefix_cache.py
+	$(BIN)/python benchmarks/ort_vs_torch.py
 	$(BIN)/python benchmarks/defaults.py
 
 # An emulated arm64 board (QEMU): minutes; it says so and does nothing where QEMU is missing.

@@ -10,12 +10,17 @@ from pathlib import Path, PurePosixPath
 
 import msgspec
 
-from edgetune.artifacts.manifest import MANIFEST_FILE, Manifest, Variant
+from edgetune.artifacts.manifest import MANIFEST_FILE, RUNTIME_VERSION, Manifest, Variant
 from edgetune.checkpoint.files import disk_errors
+from edgetune.cost import ViTShape
 from edgetune.errors import ArtifactsError
 
 _MAX_MANIFEST_BYTES = 16 * 1024**2
 _CHUNK_BYTES = 1024**2
+# No Vision Transformer is as large: planning for what a hostile manifest claims must not take the machine's memory.
+_MOST = {"depth": 1024, "classes": 1_000_000, "patch_tokens": 2**20, "prefix_tokens": 2**10}
+_MOST_ELSE = 2**17
+_MOST_PARAMETERS = 2**40
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -26,6 +31,8 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
+        if path.is_symlink():
+            raise ArtifactsError(f"{path} is a link; artifacts are plain files. Copy the file itself there.")
         size = path.stat().st_size
         if size > _MAX_MANIFEST_BYTES:
             raise ArtifactsError(f"{path} is damaged: no manifest is as large.")
@@ -41,6 +48,11 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has format {version.format_version} ({version.kind}); this edgetune reads format 1 of "
                 "onnxruntime-training. Export it again with this edgetune."
             )
+        if version.runtime != RUNTIME_VERSION:
+            raise ArtifactsError(
+                f"{path} is of ONNX Runtime {version.runtime}; this edgetune trains with {RUNTIME_VERSION}. Export it again "
+                "with this edgetune."
+            )
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise ArtifactsError(f"{path} is damaged: {error}. Export it again.") from error
@@ -53,6 +65,7 @@ def read_manifest(folder: Path) -> Manifest:
 class _Version(msgspec.Struct):
     format_version: int
     kind: str
+    runtime: str = RUNTIME_VERSION
 
 
 def paths_of(manifest: Manifest, variant: Variant) -> tuple[str, ...]:
@@ -133,6 +146,9 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"{path!r} is no path inside the folder"
     for path in set(named) - set(manifest.files):
         yield f"{path!r} is used and not listed in `files`"
+    yield from _wrong_sizes(shape)
+    if manifest.config.get("architecture", manifest.architecture) != manifest.architecture:
+        yield "its config is of another architecture"
     if not manifest.variants:
         yield "it has no variant"
     names = [variant.name for variant in manifest.variants]
@@ -144,8 +160,23 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield "an optimizer is missing"
     if manifest.adaptive is not None and set(names) - set(manifest.adaptive.token_floor):
         yield "token_floor lacks a variant"
+    if manifest.adaptive is not None and not all(0 < share <= 1 for share in manifest.adaptive.token_floor.values()):
+        yield "a token_floor is no share"
     for variant in manifest.variants:
         yield from _wrong_in(variant, depth)
+
+
+def _wrong_sizes(shape: ViTShape) -> Iterator[str]:
+    for name in ("depth", "width", "heads", "head_width", "mlp_width", "patch_tokens", "classes", "channels"):
+        if not 1 <= getattr(shape, name) <= _MOST.get(name, _MOST_ELSE):
+            yield f"a {name} of {getattr(shape, name)}"
+    if not 0 <= shape.prefix_tokens <= _MOST["prefix_tokens"]:
+        yield f"{shape.prefix_tokens} prefix tokens"
+    if not all(1 <= side <= _MOST_ELSE for side in (*shape.image_px, *shape.patch_px)):
+        yield "an image or a patch without pixels"
+    for name in ("embed_parameters", "block_parameters", "head_parameters", "largest_parameter"):
+        if not 0 <= getattr(shape, name) <= _MOST_PARAMETERS:
+            yield f"{name} of {getattr(shape, name)}"
 
 
 def _wrong_in(variant: Variant, depth: int) -> Iterator[str]:

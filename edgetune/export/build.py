@@ -30,7 +30,7 @@ from edgetune.artifacts.reading import file_sha256, files_in, read_manifest
 from edgetune.checkpoint import save_tensors, write_atomically
 from edgetune.checkpoint.tensors import read_layout
 from edgetune.cost import Selection, StepSetup, ViTShape, step_peak_bytes
-from edgetune.errors import EdgetuneError
+from edgetune.errors import EdgetuneError, UnsupportedModel
 from edgetune.methods import DRAWN_SHARE, adaptive_obstacle
 from edgetune.optim import OptimizerSettings
 from edgetune.planner import TOKEN_MULTIPLE, default_token_floor
@@ -95,7 +95,7 @@ def write_artifacts(folder: Path, loaded: Any, shape: ViTShape, request: ExportR
     optimizer = OptimizerSettings(weight_decay=request.weight_decay)
     optimizers = write_optimizers(folder, optimizer, request.schedule)
     prunes = adaptive_obstacle(shape) is None
-    splits = ladder(shape.depth) if request.splits is None else request.splits
+    splits = _splits(model, shape.depth, request)
     ways = [(split, False) for split in splits]
     if request.embeddings_train:
         ways.insert(0, (0, True))
@@ -123,6 +123,32 @@ def write_artifacts(folder: Path, loaded: Any, shape: ViTShape, request: ExportR
         notes=tuple(_notes(model)),
         files={},
     )
+
+
+# timm's stem of convolutions and norms before the blocks.
+HYBRID_STEM = "HybridEmbed"
+
+
+def _splits(model: Any, depth: int, request: ExportRequest) -> tuple[int, ...]:
+    """Where the model is cut. Raises: UnsupportedModel naming the module that ONNX Runtime's gradients leave no way for."""
+    blocks = {type(block).__name__ for block in model.blocks}
+    if "ParallelThingsBlock" in blocks:
+        raise UnsupportedModel(
+            f"{request.model} can't be exported: its blocks (ParallelThingsBlock) add up several attentions at once, of which "
+            "ONNX Runtime 1.19.2 builds no gradient graph. Train it with torch, or try a plain vit_* or deit_* model."
+        )
+    splits = ladder(depth) if request.splits is None else request.splits
+    stem = type(model.patch_embed).__name__
+    if stem != HYBRID_STEM:
+        return splits
+    above = tuple(split for split in splits if split)
+    if not above or request.embeddings_train or (request.splits is not None and above != splits):
+        raise UnsupportedModel(
+            f"{request.model} can't be exported from block 0 up: ONNX Runtime 1.19.2 builds no training graph of its stem "
+            f"({stem} with {type(model.patch_embed.backbone).__name__}). Above its blocks it can: --split "
+            f"{','.join(str(split) for split in ladder(depth) if split)}. Or train it with torch."
+        )
+    return above
 
 
 def _with_its_head(loaded: Any, request: ExportRequest) -> Any:
@@ -264,11 +290,16 @@ def _notes(model: Any) -> list[str]:
         for name, module in model.named_modules()
         if (isinstance(module, _DropoutNd) and module.p > 0) or getattr(module, "drop_prob", None)
     ]
-    if not random:
-        return []
-    return [
-        f"the graphs drop nothing at random, though the model would: {', '.join(random[:3])} and the like are left out"
-    ]
+    notes = []
+    if random:
+        notes.append(
+            f"the graphs drop nothing at random, though the model would: {', '.join(random[:3])} and the like are left out"
+        )
+    if type(model.patch_embed).__name__ == HYBRID_STEM:
+        notes.append(
+            f"no variant trains the lowest blocks: ONNX Runtime has no training graph of the stem ({HYBRID_STEM})"
+        )
+    return notes
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:

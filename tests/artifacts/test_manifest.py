@@ -103,6 +103,14 @@ def test_a_link_is_refused_wherever_it_leads(folder: Path, tmp_path: Path) -> No
         check_files(folder, manifest)
 
 
+def test_a_manifest_that_is_a_link_is_refused(folder: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.json"
+    (folder / MANIFEST_FILE).rename(elsewhere)
+    (folder / MANIFEST_FILE).symlink_to(elsewhere)
+    with pytest.raises(ArtifactsError, match="is a link"):
+        read_manifest(folder)
+
+
 def test_a_damaged_a_short_and_a_missing_file_are_told_by_name(folder: Path) -> None:
     manifest = read_manifest(folder)
     graph = folder / "upper-2" / "training_model.onnx"
@@ -124,6 +132,13 @@ def test_a_damaged_a_short_and_a_missing_file_are_told_by_name(folder: Path) -> 
     [
         (lambda value: value.update(format_version=2), "has format 2"),
         (lambda value: value.update(kind="executorch"), "executorch"),
+        (lambda value: value.update(runtime="1.20.0"), "of ONNX Runtime 1.20.0"),
+        (lambda value: value["shape"].update(depth=10**9), "a depth of 1000000000"),
+        (lambda value: value["shape"].update(heads=0), "a heads of 0"),
+        (lambda value: value["shape"].update(patch_px=[0, 0]), "without pixels"),
+        (lambda value: value["shape"].update(block_parameters=10**15), "block_parameters"),
+        (lambda value: value["config"].update(architecture="nonsense"), "another architecture"),
+        (lambda value: value["adaptive"]["token_floor"].update(all=9.0), "no share"),
         (lambda value: value.update(surprise=1), "damaged"),
         (lambda value: value.update(opset=22), "damaged"),
         (lambda value: value.update(ir_version=11), "damaged"),

@@ -179,3 +179,27 @@ def test_the_manifest_names_what_made_it(artifacts: Path) -> None:
     value = json.loads((artifacts / "manifest.json").read_text())
     assert value["versions"].keys() >= {"python", "torch", "onnx", "timm", "onnxruntime-training-cpu"}
     assert build.MANIFEST_FILE == "manifest.json"
+
+
+def test_a_hybrid_is_cut_above_its_stem_and_compared_with_torch(tmp_path: Path) -> None:
+    hybrid = ("export", "--model", "vit_tiny_r_s16_p8_224", "--no-pretrained", "--image-size", "64", "--classes", "3")
+    done = cli(*hybrid, "--split", "8", "--output", tmp_path / "hybrid")
+    assert done.returncode == 0, done.stderr
+    assert "as torch" in done.stdout + done.stderr
+    manifest = read_manifest(tmp_path / "hybrid")
+    assert [variant.split_block for variant in manifest.variants] == [8]
+    assert "HybridEmbed" in manifest.notes[0]
+    done = cli(*hybrid, "--split", "0,8", "--output", tmp_path / "whole")
+    assert done.returncode == 1
+    assert "can't be exported from block 0 up" in done.stderr
+    assert "HybridEmbed with Sequential" in done.stderr
+
+
+def test_blocks_without_a_gradient_graph_are_refused_by_name(tmp_path: Path) -> None:
+    done = cli(
+        "export", "--model", "vit_small_patch16_18x2_224", "--no-pretrained", "--image-size", "32", "--classes", "3",
+        "--output", tmp_path / "parallel",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "ParallelThingsBlock" in done.stderr
+    assert not (tmp_path / "parallel").exists()
