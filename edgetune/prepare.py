@@ -25,7 +25,7 @@ from edgetune.profiles import DeviceProfile
 from edgetune.settings import RunSettings
 from edgetune.shapes import known_shapes
 from edgetune.units import MIB
-from edgetune.warmup import warm_up_data
+from edgetune.warmup import settle_interned_strings, warm_up_data
 
 # Of what is left for training, the share that decoding one image may take at the most.
 DECODE_SHARE = 1 / 3
@@ -248,6 +248,7 @@ def warm_up(settings: RunSettings, profile: DeviceProfile, meter: MemoryMeter) -
     meter.enter("runtime")
     packages = engine_of(settings).warm_up(settings, threads_of(settings, profile))
     warm_up_data()
+    settle_interned_strings()
     if by_rlimit(settings.enforce, simulated=not is_this_machine(profile)):
         rehearse()
     judge = judge_for(profile, settings.ram_cap_bytes, meter, settings.backend, packages)

@@ -13,13 +13,13 @@ from edgetune.units import MIB
 # What a run's process holds beyond live tensors: a share (blocks the allocator keeps, alignment) and a fixed part
 # (Python objects, code paged in by kernels the warm-up did not meet, report). Measured by `benchmarks/cap.py`.
 ALLOCATOR_SHARE = 0.03
-PROCESS_BYTES = 8 * MIB
+PROCESS_BYTES = 5 * MIB
 # What small tensors of blocks that train leave as holes, where all of them may train; else their share of it.
 HOLES_BYTES = 3 * MIB
 # More of them where the number of tokens changes from step to step.
 TOKEN_HOLES_BYTES = MIB
 # Where RLIMIT_DATA holds the cap: it must leave room for code that is paged in later, which it does not count.
-LIMIT_BYTES = 3 * MIB
+LIMIT_BYTES = 6 * MIB
 # Micro-batches that exist beside the one being computed: one being loaded, one waiting.
 PREFETCHED_BATCHES = 2
 MAX_EVALUATION_BATCH = 64
