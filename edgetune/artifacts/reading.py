@@ -32,7 +32,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     try:
         if path.is_symlink():
-            raise ArtifactsError(f"{path} is a link; artifacts are plain files. Copy the file itself there.")
+            raise _is_a_link(path)
         size = path.stat().st_size
         if size > _MAX_MANIFEST_BYTES:
             raise ArtifactsError(f"{path} is damaged: no manifest is as large.")
@@ -116,9 +116,13 @@ def _check_plain(folder: Path, name: str) -> None:
                 f"{folder / name} is missing ({error.strerror or type(error).__name__}). Copy the whole folder, or export it again."
             ) from error
         if stat.S_ISLNK(mode):
-            raise ArtifactsError(f"{path} is a link; artifacts are plain files. Copy the file itself there.")
+            raise _is_a_link(path)
     if not stat.S_ISREG(mode):
         raise ArtifactsError(f"{path} is no plain file. Export it again.")
+
+
+def _is_a_link(path: Path) -> ArtifactsError:
+    return ArtifactsError(f"{path} is a link; artifacts are plain files. Copy the file itself there.")
 
 
 def file_sha256(path: Path) -> str:
@@ -158,10 +162,11 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield f"it names {len(manifest.classes)} classes of {shape.classes}"
     if not {"adamw", "sgd"} <= set(manifest.optimizers):
         yield "an optimizer is missing"
-    if manifest.adaptive is not None and set(names) - set(manifest.adaptive.token_floor):
-        yield "token_floor lacks a variant"
-    if manifest.adaptive is not None and not all(0 < share <= 1 for share in manifest.adaptive.token_floor.values()):
-        yield "a token_floor is no share"
+    if manifest.adaptive is not None:
+        if set(names) - set(manifest.adaptive.token_floor):
+            yield "token_floor lacks a variant"
+        if not all(0 < share <= 1 for share in manifest.adaptive.token_floor.values()):
+            yield "a token_floor is no share"
     for variant in manifest.variants:
         yield from _wrong_in(variant, depth)
 

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edgetune.artifacts.manifest import RUNTIME_VERSION as VERSION
 from edgetune.errors import BackendUnavailable
 
-VERSION = "1.19.2"
 DISTRIBUTION = "onnxruntime-training-cpu"
 _WHEELS = "Linux on x86-64, macOS and Windows, with Python 3.8 to 3.12"
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgetune.errors import BackendUnavailable, UsageError
 from edgetune.units import parse_bytes
+
+if TYPE_CHECKING:
+    from edgetune.profiles import DeviceProfile
 
 # The schedule of runtimes that can't be told a rate, where nobody says how long they will train.
 DEFAULT_STEPS = 500
@@ -136,7 +139,8 @@ def _write_page(folder: Path, device: str | None, ram_cap: str | None, runtime: 
     from edgetune.web.folder import PageSettings, has_runtime, npm_line, write_page
 
     manifest = read_manifest(folder)
-    cap, name = _cap(device, ram_cap) or (None, None)
+    cap, profile = _cap(device, ram_cap) or (None, None)
+    name = profile.name if device and profile else None
     write_page(folder, manifest, PageSettings(cap_bytes=cap, device=name), runtime)
     if not has_runtime(folder):
         _print("the page lacks its runtime, three files of an npm package. Get and add them with:")
@@ -196,22 +200,22 @@ def _room_bytes(device: str | None, ram_cap: str | None) -> int | None:
     """What a device has for training beside the runtime; None where nobody named a device or a cap."""
     if (found := _cap(device, ram_cap)) is None:
         return None
-    from edgetune import devices
     from edgetune.judge import ASSUMED_ORT_BYTES, stated_runtime
 
-    stated = stated_runtime(devices.find_device(device or devices.AUTO), "ort")
-    return found[0] - (ASSUMED_ORT_BYTES if stated is None else stated.bytes)
+    cap, profile = found
+    stated = stated_runtime(profile, "ort")
+    return cap - (ASSUMED_ORT_BYTES if stated is None else stated.bytes)
 
 
-def _cap(device: str | None, ram_cap: str | None) -> tuple[int, str | None] | None:
-    """(the cap that was named, whose); None where nobody named a device or a cap."""
+def _cap(device: str | None, ram_cap: str | None) -> tuple[int, DeviceProfile] | None:
+    """(the cap that was named, the device); None where nobody named a device or a cap."""
     if device is None and ram_cap is None:
         return None
     from edgetune import devices
     from edgetune.judge import default_cap_bytes
 
     profile = devices.find_device(device or devices.AUTO)
-    return parse_bytes(ram_cap) if ram_cap else default_cap_bytes(profile, "ort"), profile.name if device else None
+    return parse_bytes(ram_cap) if ram_cap else default_cap_bytes(profile, "ort"), profile
 
 
 def _row(variant: Any) -> str:

@@ -44,14 +44,20 @@ KINDS = (
 )
 
 
-def _small(name: str) -> tuple[VisionTransformer, TimmVisionTransformer]:
-    """A model of ours and timm's, two blocks deep, with the same values in both and none left at zero or one."""
+def _fresh(name: str) -> tuple[VisionTransformer, TimmVisionTransformer]:
+    """A model of ours and timm's, two blocks deep, each as it is drawn from the same seed."""
     description = described(ModelSource(name=name, image_px=_image(name)))
     assert description is not None
     torch.manual_seed(3)
     ours = build(msgspec.structs.replace(description.architecture, depth=2), CLASSES)
     torch.manual_seed(3)
     theirs = timm.create_model(name, num_classes=CLASSES, depth=2, img_size=_image(name))
+    return ours, theirs
+
+
+def _small(name: str) -> tuple[VisionTransformer, TimmVisionTransformer]:
+    """A model of ours and timm's, two blocks deep, with the same values in both and none left at zero or one."""
+    ours, theirs = _fresh(name)
     with torch.no_grad():
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             change = torch.randn_like(mine) * 0.02
@@ -114,12 +120,7 @@ def test_most_of_timms_vision_transformers_are_known_and_no_more() -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 def test_fresh_weights_are_drawn_as_timm_draws_them(name: str) -> None:
-    description = described(ModelSource(name=name, image_px=_image(name)))
-    assert description is not None
-    torch.manual_seed(3)
-    ours = build(msgspec.structs.replace(description.architecture, depth=2), CLASSES)
-    torch.manual_seed(3)
-    theirs = timm.create_model(name, num_classes=CLASSES, depth=2, img_size=_image(name))
+    ours, theirs = _fresh(name)
     for (key, mine), (their_key, other) in zip(_fixed(ours), _fixed(theirs), strict=True):
         assert key == their_key
         assert torch.equal(mine, other), key
