@@ -108,11 +108,12 @@ def propose(
     settings: AlastSettings,
     rng: random.Random,
     split_tokens: int | None = None,
+    embeddings_train: bool = False,
 ) -> Selection:
     """The step that the budgets ask for; `planner.fit` clips it to the plan."""
     trains = draw_blocks(state.budgets, split_block, count, settings.layer_choice, rng)
     tokens = keep_tokens(state.budgets, patch_tokens, split_block, settings.token_share, split_tokens)
-    return Selection(trains, tokens)
+    return Selection(trains, tokens, embeddings_train)
 
 
 def step_rng(seed: int, step: int) -> random.Random:

@@ -196,6 +196,7 @@ def _reader(job: Job, images: ImageSet, *, training: bool) -> Callable[[Places, 
             hflip=job.settings.hflip if training else 0.0,
             transform=job.transform if training else None,
             decode_budget_bytes=job.decode_budget_bytes,
+            pictures=job.pictures,
         )
 
     return read

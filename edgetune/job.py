@@ -17,7 +17,7 @@ import numpy.typing as npt
 from edgetune.alast import AlastState
 from edgetune.backends.base import Backend
 from edgetune.cost import Selection, ViTShape
-from edgetune.data import ImageSet, Preprocess, Transform
+from edgetune.data import ImageSet, Pictures, Preprocess, Transform
 from edgetune.errors import DoesNotFit
 from edgetune.methods import Method
 from edgetune.planner import Plan
@@ -129,6 +129,7 @@ class Job:
     tighten: Callable[[Plan], Plan] = no_tighter_plan
     follow: Callable[[Plan], None] = lambda _plan: None
     decode_budget_bytes: int | None = None
+    pictures: Pictures | None = None  # decoded images, on disk
     keep_selection: Callable[[int, Selection], None] = lambda _step, _selection: None
     replayed: tuple[Selection, ...] | None = None  # what each step is to do, from another run
     features: Features | None = None  # what is read instead of being computed

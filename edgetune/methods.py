@@ -149,6 +149,14 @@ def space_of(
     )
 
 
+def everything(space: MethodSpace, depth: int) -> MethodSpace:
+    """A drawing method's space with nothing frozen for good: all blocks and the embeddings at every step, then fewer. For a
+    pretrained model that has little of what a task needs.
+    """
+    counts = {0: (depth, *(count for count in space.trained_blocks[0] if count < depth))}
+    return msgspec.structs.replace(space, splits=(0,), trained_blocks=counts, embeddings=(True, False))
+
+
 def _drawn_counts(above_split: int, depth: int, asked: int | None) -> tuple[int, ...]:
     """K for a number of blocks above the split: at most three quarters of the depth, down to half of them where memory
     binds.
@@ -193,11 +201,14 @@ def proposer(method: Method, plan: Plan, state: alast.AlastState | None, setting
             settings=settings,
             rng=rng,
             split_tokens=plan.token_ceiling[plan.split_block],
+            embeddings_train=plan.embeddings_train,
         )
     if method.draws:
         flat = [1.0] * depth
         return lambda rng: Selection(
-            alast.draw_blocks(flat, plan.split_block, plan.trained_blocks, "multinomial", rng), plan.token_ceiling
+            alast.draw_blocks(flat, plan.split_block, plan.trained_blocks, "multinomial", rng),
+            plan.token_ceiling,
+            plan.embeddings_train,
         )
     fixed = Selection(
         tuple(block >= depth - plan.trained_blocks for block in range(depth)), plan.token_ceiling, plan.embeddings_train

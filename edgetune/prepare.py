@@ -12,7 +12,7 @@ import msgspec
 
 from edgetune import system
 from edgetune.cost import ViTShape
-from edgetune.data import DataFolder, Preprocess, bundled_sample, class_weights, open_folder, some
+from edgetune.data import DataFolder, Pictures, Preprocess, bundled_sample, class_weights, open_folder, some
 from edgetune.enforce import by_rlimit, rehearse
 from edgetune.engines import Built, engine_of
 from edgetune.errors import DoesNotFit, UsageError
@@ -36,6 +36,8 @@ OVERLAPPED_DECODE_BYTES = 4 * MIB
 LEAST_PASSES = 3
 # Of what is free on the disk, the share that a cache may take.
 FREE_DISK_SHARE = 0.9
+# And that decoded images may take until the cache is made.
+PICTURES_DISK_SHARE = 0.05
 CACHE_FOLDER = "cache"
 
 
@@ -50,6 +52,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     plan: Plan
     request: PlanRequest
     decode_budget_bytes: int
+    pictures: Pictures | None
     notes: tuple[str, ...]
 
 
@@ -75,6 +78,7 @@ def prepare(
         # What this machine has left today must not change at which scale a photograph is decoded.
         left = stored_plan.cap_bytes - stored_plan.runtime_bytes
     decode_budget = max(LEAST_DECODE_BYTES, int(left * DECODE_SHARE))
+    pictures = _pictures(settings, preprocess, cache_folder(settings, run_folder))
     with meter.phase("data"):
         data = open_folder(
             settings.data or bundled_sample(),
@@ -85,6 +89,7 @@ def prepare(
             cache_dir=system.cache_dir(),
             progress=lambda done, total: listener.progress("check images", done, total),
             preprocess=preprocess,
+            pictures=pictures,
         )
     data = engine.fitted(settings, data)
     shape, _ = engine.describe(settings, len(data.classes))
@@ -153,6 +158,7 @@ def prepare(
         plan=plan,
         request=request,
         decode_budget_bytes=decode_budget,
+        pictures=pictures,
         notes=tuple(notes),
     )
 
@@ -223,12 +229,30 @@ def with_cache(
 
 def room_on_disk(folder: Path) -> int:
     """Bytes that a cache in this folder may have: most of what is free, and what it has already."""
-    above = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    above = _existing(folder)
     try:
         there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
         return there + int(FREE_DISK_SHARE * shutil.disk_usage(above).free)
     except OSError:
         return 0
+
+
+def _pictures(settings: RunSettings, preprocess: Preprocess, folder: Path) -> Pictures | None:
+    """Where decoded images are kept for this run; None where no more may be on the disk, or
+    whole images are needed each time.
+    """
+    if settings.prefix_cache is False or settings.cache_limit_bytes is not None or settings.augment:
+        return None
+    above = _existing(folder)
+    try:
+        return Pictures(above, preprocess, int(PICTURES_DISK_SHARE * shutil.disk_usage(above).free))
+    except OSError:
+        return None
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that exists."""
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def cache_folder(settings: RunSettings, run_folder: Path) -> Path:

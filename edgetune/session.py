@@ -126,6 +126,7 @@ def train_and_report(session: Session, listener: Listener) -> RunReport:
         steps_per_epoch=job.steps_per_epoch,
         cached_bytes=None if session.cache is None else session.cache.stored_bytes,
         cache_precision=None if session.cache is None else session.cache.precision,
+        pictures_written_bytes=0 if setup.pictures is None else setup.pictures.written_bytes,
         notes=(*setup.notes, *session.standing.notes),
     )
     report = make_report(outcome)
@@ -188,6 +189,8 @@ def _cache(session: Session, job: Job, prefix: CachedPrefix) -> None:
             f"the cache is whole ({format_bytes(features.stored_bytes)}): {format_bytes(state.dropped_bytes)} of weights "
             f"leave memory, {format_bytes(before)} resident become {format_bytes(after)}"
         )
+        if job.pictures is not None:
+            job.pictures.close()  # no image is asked for any more
     elif prefix.whole:
         _go_on_without_all(session, job, features)
     elif features.full is not None:
@@ -259,6 +262,7 @@ def _job(session: Session, listener: Listener) -> Job:
         ),
         follow=lambda plan: session.follow(plan, job),
         decode_budget_bytes=setup.decode_budget_bytes,
+        pictures=setup.pictures,
         keep_selection=SelectionLog(session.path, session.state.step).append,
         replayed=None if settings.replay is None else read_selections(Path(settings.replay)),
         ready=setup.plan.prefix is None,

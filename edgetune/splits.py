@@ -13,7 +13,7 @@ tokens from the split on, says how few will do.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import NamedTuple
 
 import msgspec
@@ -23,9 +23,10 @@ import numpy.typing as npt
 from edgetune.backends.base import Backend, Images
 from edgetune.cost import FLOAT_BYTES, ViTShape, evaluation_peak_bytes, input_bytes
 from edgetune.data import balanced_sample, load_batch, prefetch
+from edgetune.errors import DoesNotFit
 from edgetune.job import Listener
-from edgetune.methods import adaptive_obstacle
-from edgetune.planner import PREFETCHED_BATCHES, PlanRequest, process_bytes, rounded_up
+from edgetune.methods import adaptive_obstacle, everything
+from edgetune.planner import PREFETCHED_BATCHES, Plan, PlanRequest, process_bytes, rounded_up
 from edgetune.planner import plan as make_plan
 from edgetune.prepare import Setup, tell_plan
 from edgetune.probes import Correct, told_right
@@ -48,6 +49,7 @@ class Found(NamedTuple):
     split_block: int
     split_tokens: float
     lines: tuple[str, ...]
+    fits: bool = True  # whether the pretrained blocks have what the task needs
 
 
 def candidate_splits(depth: int) -> tuple[int, ...]:
@@ -103,6 +105,7 @@ def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
                 seed=settings.seed,
                 epoch=0,
                 decode_budget_bytes=setup.decode_budget_bytes,
+                pictures=setup.pictures,
             )[0]
             listener.progress("look for the split", min(start + size, len(chosen)), len(chosen))
 
@@ -111,14 +114,7 @@ def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
     found = find(backend, shape, batches, labels, lowest_split=setup.plan.split_block, prunes=prunes)
     for line in found.lines:
         listener.note(f"split: {line}")
-    space = setup.request.space
-    splits = tuple(split for split in space.splits if split >= found.split_block)
-    request = msgspec.structs.replace(
-        setup.request,
-        space=msgspec.structs.replace(space, splits=splits or space.splits[-1:]),
-        split_tokens=found.split_tokens if prunes else settings.split_tokens,
-    )
-    plan = make_plan(request)
+    request, plan = _planned(setup.request, found, prunes=prunes)
     phases = plan.predicted_phase_bytes | {"look": peak_bytes}
     plan = msgspec.structs.replace(
         plan, predicted_phase_bytes=phases, predicted_peak_bytes=max(plan.predicted_peak_bytes, peak_bytes)
@@ -126,6 +122,25 @@ def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
     tell_plan(plan, listener)
     notes = (*setup.notes, *(f"split: {line}" for line in found.lines))
     return msgspec.structs.replace(setup, request=request, plan=plan, notes=notes)
+
+
+def _planned(request: PlanRequest, found: Found, *, prunes: bool) -> tuple[PlanRequest, Plan]:
+    """What was found as a request, and its plan."""
+    space = request.space
+    if not found.fits and space.draws and 0 in space.splits:
+        # Tokens are dropped where blocks know which ones they can do without.
+        whole = msgspec.structs.replace(request, space=everything(space, request.shape.depth))
+        if request.token_floor is None and request.token_ceiling is None:
+            whole = msgspec.structs.replace(whole, token_floor=1.0)
+        with suppress(DoesNotFit):
+            return whole, make_plan(whole)
+    splits = tuple(split for split in space.splits if split >= found.split_block)
+    request = msgspec.structs.replace(
+        request,
+        space=msgspec.structs.replace(space, splits=splits or space.splits[-1:]),
+        split_tokens=found.split_tokens if prunes else request.split_tokens,
+    )
+    return request, make_plan(request)
 
 
 def _batch_that_fits(request: PlanRequest) -> tuple[int, int]:
@@ -173,7 +188,8 @@ def find(
     )
     line += f", at the end {whole.mean():.1%}, one on the bare pixels {by_pixels.mean():.1%} of {len(labels)} training images: "
     if not loses_nothing(best, by_pixels):
-        return Found(lowest_split, 1.0, (line + "the pretrained blocks fit this task badly, and as many train as can",))
+        line += "the pretrained blocks fit this task badly, and as much trains as can"
+        return Found(lowest_split, 1.0, (line,), fits=False)
     lines = [line + f"nothing below block {split} trains"]
     if not prunes:
         return Found(split, 1.0, tuple(lines))

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from edgetune import planner
+from edgetune.data import images as decoding
 from edgetune.errors import DoesNotFit, Interrupted
 from edgetune.planner import Plan, PlanRequest
 from edgetune.report import RunReport, read_report
@@ -63,6 +64,32 @@ def test_a_cached_run_has_the_losses_of_one_that_computes_everything(images: Pat
     assert report.flops is not None
     assert plain.flops is not None
     assert report.flops < 0.7 * plain.flops
+
+
+@pytest.mark.parametrize("cached", [True, False], ids=["cached", "not cached"])
+def test_an_image_is_decoded_once_from_the_scan_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    fresh = make_images(tmp_path / "images", {"ant": 10, "bee": 10})
+    opened: list[str] = []
+    plain = decoding._open_and_decode
+
+    def counted(name: str, *rest: Any) -> Any:
+        opened.append(name)
+        return plain(name, *rest)
+
+    monkeypatch.setattr(decoding, "_open_and_decode", counted)
+    # A limit that binds nothing, but says how much may lie on the disk.
+    changes = EXACT if cached else {**EXACT, "split_block": 0, "method": "full"}
+    report, _ = run(fresh, tmp_path / "run", **changes)
+    assert report.cached_blocks == (8 if cached else 0)
+    assert sorted(opened) == sorted(str(path) for path in fresh.rglob("*.png"))
+    assert report.pictures_written_bytes == 20 * 32 * 32 * 3
+    opened.clear()
+    limited, _ = run(fresh, tmp_path / "limited", **changes, cache_limit_bytes=1 << 30)
+    assert limited.pictures_written_bytes == 0
+    assert len(opened) >= 20
+    assert losses(tmp_path / "limited") == losses(tmp_path / "run")
 
 
 def test_micro_batches_and_short_last_batches_come_from_the_cache_too(images: Path, tmp_path: Path) -> None:

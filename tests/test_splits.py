@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from doubles import FakeBackend, make_images
 from jobs import make_shape
 from running import Witness, finetune
+from safetensors.numpy import load_file
 
+from edgetune import splits
 from edgetune.backends.base import Array, Images
+from edgetune.methods import METHODS, space_of
+from edgetune.planner import PlanRequest, smallest_cap_bytes
 from edgetune.report import read_report
 from edgetune.splits import (
     TOKEN_SHARES,
+    Found,
+    _planned,
     candidate_splits,
     choose_split,
     choose_tokens,
@@ -22,6 +29,7 @@ from edgetune.splits import (
     loses_nothing,
     small,
 )
+from edgetune.units import GIB, MIB
 
 
 def right(share: float, count: int = 200, seed: int = 0) -> np.ndarray:
@@ -124,6 +132,71 @@ def test_the_look_finds_the_split_and_the_tokens() -> None:
 def test_where_bare_pixels_tell_more_than_the_pretrained_blocks_nothing_is_frozen() -> None:
     nothing = {(block, tokens): 0.0 for block in (4, 6, 8, 9, 12) for tokens in (8, 16)}
     assert _found(nothing, pixels_tell=True) == (0, 1.0)
+
+
+def make_request(method: str) -> PlanRequest:
+    shape = make_shape(depth=12)
+    space = space_of(METHODS[method], shape, trained_blocks=None, split_block=None)
+    return PlanRequest(
+        shape=shape, space=space, cap_bytes=GIB, batch_size=8, optimizer="adamw", runtime_bytes=MIB,
+    )  # fmt: skip
+
+
+BADLY = Found(0, 1.0, ("why",), fits=False)
+
+
+@pytest.mark.parametrize("method", ["alast", "random-k"])
+def test_where_the_pretrained_blocks_fit_badly_all_of_the_model_trains_on_all_tokens(method: str) -> None:
+    request, found = _planned(make_request(method), BADLY, prunes=True)
+    assert (found.split_block, found.trained_blocks, found.embeddings_train) == (0, request.shape.depth, True)
+    assert found.token_floor == 1.0
+    assert set(found.token_ceiling) == {request.shape.patch_tokens}
+    assert "and the embeddings" in " ".join(found.explanation)
+
+
+def test_under_a_cap_that_binds_as_much_of_it_trains_as_fits_and_then_what_else_would() -> None:
+    generous = make_request("alast")
+    whole = _planned(generous, BADLY, prunes=True)[0]
+    needed, usual = smallest_cap_bytes(whole), smallest_cap_bytes(generous)
+    assert usual < needed
+    seen = []
+    for cap in (needed, needed - 1, usual):
+        _, found = _planned(msgspec.structs.replace(generous, cap_bytes=cap), BADLY, prunes=True)
+        assert found.predicted_peak_bytes <= cap
+        seen.append(found.token_floor == 1.0)
+    assert seen == [True, False, False]
+
+
+def test_a_floor_or_ceiling_that_was_asked_for_stays() -> None:
+    asked = msgspec.structs.replace(make_request("alast"), token_floor=0.8)
+    assert _planned(asked, BADLY, prunes=True)[1].token_floor == 0.8
+    asked = msgspec.structs.replace(make_request("alast"), token_ceiling=0.9)
+    found = _planned(asked, BADLY, prunes=True)[1]
+    assert found.embeddings_train
+    assert found.token_floor <= 0.9
+
+
+def test_a_method_that_trains_the_last_blocks_alone_goes_on_doing_so() -> None:
+    found = _planned(make_request("last-k"), BADLY, prunes=True)[1]
+    assert not found.embeddings_train
+    assert found.split_block == 8
+
+
+def test_a_run_on_a_task_that_the_model_fits_badly_trains_its_embeddings(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    images = make_images(tmp_path / "images", {"ant": 20, "bee": 20})  # told by their colour
+    changes = {"steps": None, "epochs": 3, "method": "alast", "split": "auto"}
+    badly = Found(0, 1.0, ("why",), fits=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splits, "find", lambda *_args, **_more: badly)
+        finetune(images, tmp_path / "run", **changes)
+    report = read_report(tmp_path / "run")
+    assert (report.split_block, report.trained_blocks, report.tokens_share) == (0, 12, 1.0)
+    start, end = (
+        load_file(path)
+        for path in (tmp_path / "run" / "checkpoints" / "base.safetensors", tmp_path / "run" / "model.safetensors")
+    )
+    assert not np.array_equal(start["pos_embed"], end["pos_embed"])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ OLDEST = (3, 10)
 # The arithmetic is the same on every Python: a few examples of each property tell whether it runs.
 FEW = ["--hypothesis-profile", "few"]
 PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
-TEST_PACKAGES = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "scikit-learn"]
+TEST_PACKAGES = ["pytest", "pytest-xdist", "pytest-timeout", "hypothesis", "jsonschema", "scikit-learn"]
 
 
 def find_pythons() -> dict[tuple[int, int], Path]:

@@ -25,6 +25,7 @@ from edgetune.data.images import (
     peak_decode_bytes,
     shown,
 )
+from edgetune.data.pictures import Pictures
 from edgetune.data.preprocess import Preprocess, normalise, resize_and_crop
 from edgetune.data.sample import bundled_sample
 
@@ -33,6 +34,7 @@ __all__ = [
     "DataFolder",
     "ImageHeader",
     "ImageSet",
+    "Pictures",
     "Preprocess",
     "Transform",
     "UnreadableImage",

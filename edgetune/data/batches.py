@@ -15,8 +15,9 @@ from PIL import Image
 
 from edgetune.data.draws import augment_seeds, flip_draw
 from edgetune.data.folders import ImageSet
-from edgetune.data.images import load_image, open_rgb
-from edgetune.data.preprocess import Array, Preprocess
+from edgetune.data.images import open_rgb
+from edgetune.data.pictures import Pictures
+from edgetune.data.preprocess import Array, Preprocess, normalise, resize_and_crop
 from edgetune.errors import BackendUnavailable, UsageError
 
 T = TypeVar("T")
@@ -35,11 +36,12 @@ def load_batch(
     hflip: float = 0.0,
     transform: Transform | None = None,
     decode_budget_bytes: int | None = None,
+    pictures: Pictures | None = None,
 ) -> tuple[Array, npt.NDArray[np.int64]]:
     """The images at `indices`: inputs float32 (B, 3, H, W) and labels int64 (B,), a function of the arguments only.
 
     `hflip` is the probability of mirroring an image. A `transform` replaces resizing, cropping and mirroring
-    altogether.
+    altogether. What is among the `pictures` of the same preprocessing is not decoded again.
     Raises: UnreadableImage (a DataError) for a file that changed since it was scanned.
     """
     inputs = np.empty((len(indices), 3, preprocess.height_px, preprocess.width_px), dtype=np.float32)
@@ -47,12 +49,20 @@ def load_batch(
     for place, index in enumerate(map(int, indices)):
         path = Path(images.root, images.paths[index])
         labels[place] = images.labels[index]
-        if transform is None:
-            flip = hflip > 0 and flip_draw(seed, epoch, index) < hflip
-            inputs[place] = load_image(path, preprocess, flip=flip, decode_budget_bytes=decode_budget_bytes)
-        else:
+        if transform is not None:
             image = open_rgb(path, preprocess=preprocess, decode_budget_bytes=decode_budget_bytes)
             inputs[place] = transform(image, epoch, index)
+            continue
+        own = None if pictures is None or images.places is None else images.places[index]
+        kept = None if pictures is None or own is None else pictures.get(own)
+        if kept is None:
+            image = open_rgb(path, preprocess=preprocess, decode_budget_bytes=decode_budget_bytes)
+            image = resize_and_crop(image, preprocess)
+            if pictures is not None and own is not None:
+                pictures.put(own, image)
+            kept = np.asarray(image)
+        flip = hflip > 0 and flip_draw(seed, epoch, index) < hflip
+        inputs[place] = normalise(kept, preprocess, flip=flip)
     return inputs, labels
 
 

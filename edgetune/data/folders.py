@@ -7,6 +7,7 @@ alone (or in `train/` only), split by seed. The classes are train's, sorted by n
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from edgetune.data.draws import stratified_split
 from edgetune.data.files import ClassFiles, class_folders, plural
 from edgetune.data.images import ImageHeader, decode_bytes, draft_scale, shown
 from edgetune.data.layout import find_layout, known_classes, list_files, refuse_lost, refuse_unusable
+from edgetune.data.pictures import Pictures
 from edgetune.data.preprocess import Preprocess
 from edgetune.data.scan import scan
 from edgetune.errors import DataError, UsageError
@@ -30,13 +32,14 @@ class ImageSet(Struct, frozen=True):
     them.
 
     `contents` tells the pictures apart: a digest of each file's bytes, and the scale at which it is decoded where that is
-    not full. Empty where nobody looked.
+    not full. Empty where nobody looked. `places`: of each image, its number among `Pictures`.
     """
 
     root: str
     paths: tuple[str, ...]
     labels: tuple[int, ...]
     contents: tuple[str, ...] = ()
+    places: array[int] | None = None
 
 
 class BadImage(Struct, frozen=True):
@@ -67,6 +70,7 @@ class _Image(Struct, frozen=True):
     label: int
     digest: str
     header: ImageHeader
+    place: int
 
 
 class _Options(Struct, frozen=True):
@@ -78,6 +82,7 @@ class _Options(Struct, frozen=True):
     decode_budget_bytes: int | None
     cache_dir: Path | None
     progress: Callable[[int, int], None] | None
+    pictures: Pictures | None = None
 
 
 def open_folder(
@@ -90,15 +95,17 @@ def open_folder(
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     preprocess: Preprocess | None = None,
+    pictures: Pictures | None = None,
 ) -> DataFolder:
     """Find, check and split the images under `root`.
 
     `max_bad` is the share of images that may be unreadable, and the share of a class that may be in formats that
-    can't be read. `preprocess` makes the memory figures exact; without it the resized copy is not counted.
+    can't be read. `preprocess` makes the memory figures exact; without it the resized copy is not counted. `pictures`
+    (with `preprocess`) keeps what was decoded for `load_batch`.
     Raises: DataError for anything that would make the run start on other data than was meant; UsageError for a bad
     share.
     """
-    how = _checked_options(root, max_bad, preprocess, decode_budget_bytes, cache_dir, progress)
+    how = _checked_options(root, max_bad, preprocess, decode_budget_bytes, cache_dir, progress, pictures)
     train_root, val_root, notes = find_layout(how.root)
     train_files = list_files(how.root, train_root, notes)
     refuse_lost(train_files, max_bad)
@@ -180,13 +187,14 @@ def _checked_options(
     decode_budget_bytes: int | None,
     cache_dir: Path | None,
     progress: Callable[[int, int], None] | None,
+    pictures: Pictures | None = None,
 ) -> _Options:
     if not 0 <= max_bad <= 1:
         raise UsageError(f"the share of bad images allowed is {max_bad}. Use a number from 0 to 1, such as 0.01.")
     path = os.path.abspath(root)  # noqa: PTH100 - takes ".." out and leaves links as the user named them
     if os.path.lexists(path) and not os.path.isdir(path):  # noqa: PTH112 - never raises
         raise DataError(f"{shown(path)} is not a folder. Name a folder of images; an archive has to be unpacked first.")
-    return _Options(path, max_bad, preprocess, decode_budget_bytes, cache_dir, progress)
+    return _Options(path, max_bad, preprocess, decode_budget_bytes, cache_dir, progress, pictures)
 
 
 def _examine(
@@ -207,14 +215,15 @@ def _examine(
         decode_budget_bytes=how.decode_budget_bytes,
         cache_dir=how.cache_dir,
         progress=how.progress,
+        pictures=how.pictures,
     )
     good: list[list[_Image]] = [[] for _ in parts]
     bad = []
-    for (part, label, image), record in zip(listed, records, strict=True):
+    for place, ((part, label, image), record) in enumerate(zip(listed, records, strict=True)):
         if record.header is None:
             bad.append(BadImage(shown(image.path), record.reason))
         else:
-            good[part].append(_Image(image.path, label, record.digest, record.header))
+            good[part].append(_Image(image.path, label, record.digest, record.header, place))
     if len(bad) > how.max_bad * len(listed):
         raise DataError(
             f"{len(bad)} of {len(listed)} images can't be used, more than the share allowed ({how.max_bad:g}): "
@@ -290,6 +299,7 @@ def _image_set(root: str, images: Sequence[_Image], scales: Sequence[int]) -> Im
             image.digest if scale == 1 else f"{image.digest}/{scale}"
             for image, scale in zip(images, scales[: len(images)], strict=True)
         ),
+        array("i", [image.place for image in images]),
     )
 
 

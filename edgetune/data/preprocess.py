@@ -140,8 +140,8 @@ def _pad(image: Image.Image, preprocess: Preprocess) -> Image.Image:
     return padded
 
 
-def normalise(image: Image.Image, preprocess: Preprocess, *, flip: bool = False) -> Array:
-    """An RGB image -> float32 (3, H, W): scaled to 0..1, mean subtracted, divided by std, mirrored if asked."""
+def normalise(image: Image.Image | npt.NDArray[np.uint8], preprocess: Preprocess, *, flip: bool = False) -> Array:
+    """An RGB image, or its pixels (H, W, 3) -> float32 (3, H, W): scaled to 0..1, mean subtracted, divided by std, mirrored if asked."""
     pixels = np.asarray(image)[:, ::-1] if flip else np.asarray(image)  # (H, W, 3)
     values = np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32)
     values /= np.float32(255)

@@ -12,16 +12,19 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
 import msgspec
 import PIL
 from msgspec import Struct
+from PIL import Image
 
 from edgetune.data.files import Found
 from edgetune.data.images import ImageHeader, UnreadableImage, check_size, decode
-from edgetune.data.preprocess import Preprocess
+from edgetune.data.pictures import Pictures
+from edgetune.data.preprocess import Preprocess, resize_and_crop
 
 _CACHE_VERSION = 2
 
@@ -55,23 +58,30 @@ def scan(
     decode_budget_bytes: int | None = None,
     cache_dir: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
+    pictures: Pictures | None = None,
 ) -> list[Record]:
-    """A record for each of `images`, in their order. `progress(done, total)` is called after each."""
+    """A record for each of `images`, in their order. `progress(done, total)` is called after each. `pictures` keeps what
+    was decoded, as `preprocess` (which it then needs) leaves it, by the place in `images`.
+    """
     cache_file = None if cache_dir is None else cache_dir / f"scan-{_folder_key(root)}.json"
     known = {} if cache_file is None else _read_cache(cache_file)
     records, news = [], 0
     try:
-        for done, image in enumerate(images, 1):
+        for place, image in enumerate(images):
             key = quote(os.fsencode(image.path))
             record = known.get(key)
             if record is None or not record.is_of(image):
-                record, keep = _examine(root, image, preprocess, decode_budget_bytes)
+                record, keep, picture = _examine(root, image, preprocess, decode_budget_bytes)
                 if keep:
                     known[key] = record
                     news += 1
+                if picture is not None and pictures is not None and preprocess is not None:
+                    with suppress(MemoryError):  # it is resized again where it is needed
+                        pictures.put(place, resize_and_crop(picture, preprocess))
+                del picture
             records.append(_checked(image.path, record, preprocess, decode_budget_bytes))
             if progress is not None:
-                progress(done, len(images))
+                progress(place + 1, len(images))
     finally:  # an interrupted scan goes on where it stopped
         if cache_file is not None and news:
             _write_cache(cache_file, known)
@@ -80,19 +90,19 @@ def scan(
 
 def _examine(
     root: str, image: Found, preprocess: Preprocess | None, decode_budget_bytes: int | None
-) -> tuple[Record, bool]:
-    """Decode one image. The second value: whether another run may rely on the outcome."""
+) -> tuple[Record, bool, Image.Image | None]:
+    """Decode one image: what it told, whether another run may rely on that, and the picture."""
     path = Path(root, image.path)
     try:
         with warnings.catch_warnings():  # the scan runs before any thread is started
             warnings.simplefilter("ignore")  # what Pillow warns of is either refused here by name or harmless
-            _, header = decode(path, preprocess=preprocess, decode_budget_bytes=decode_budget_bytes)
-        return Record(image.size, image.mtime_ns, _digest(path), header, inode=image.inode), True
+            picture, header = decode(path, preprocess=preprocess, decode_budget_bytes=decode_budget_bytes)
+        return Record(image.size, image.mtime_ns, _digest(path), header, inode=image.inode), True, picture
     except UnreadableImage as error:
         reason, lasting = error.reason, error.lasting
     except OSError as error:
         reason, lasting = error.strerror or "can't be read", False
-    return Record(image.size, image.mtime_ns, reason=reason, inode=image.inode), lasting
+    return Record(image.size, image.mtime_ns, reason=reason, inode=image.inode), lasting, None
 
 
 def _checked(path: str, record: Record, preprocess: Preprocess | None, decode_budget_bytes: int | None) -> Record:

@@ -3,7 +3,7 @@
 Lossy choices, most preferred first; the first for which any lossless choice fits wins:
 
 1. optimizer state is kept: dropping it restarts a block's moments whenever it comes back, so it is the last resort;
-2. the embeddings train, where the method trains everything;
+2. the embeddings train, where everything is to train; then nothing is frozen (split block 0);
 3. the lowest split block: more blocks may ever train, and accuracy on hard tasks falls with the split;
 4. the most blocks a step (K, down to half of those above the split): fewer trained blocks learn slower;
 5. the highest token ceiling: one share that every block above the split may pass on, from all down to the floor.
@@ -77,6 +77,8 @@ def lossy_families(request: PlanRequest) -> Iterator[list[Lossy]]:
     for keeps_state in states:
         for embeddings in space.embeddings:
             for split in space.splits:
+                if embeddings and split:  # nothing below a split trains
+                    continue
                 at_split = request.split_tokens or 1.0
                 cached = None if request.cache is None else request.cache.blocks
                 ratios = ceiling_ratios(request, split)

@@ -90,6 +90,8 @@ def describe(request: PlanRequest, lossy: Lossy, lossless: Lossless) -> str:
         blocks = f"the last {lossy.trained_blocks} of {depth} blocks"
     if len(space.embeddings) > 1 and not lossy.embeddings_train:
         blocks += ", embeddings frozen"
+    elif lossy.embeddings_train and space.draws:
+        blocks += " and the embeddings"
     tokens = ""
     if space.prunes_tokens:
         tokens = f", at most {lossy.token_ceiling[-1]} of {request.shape.patch_tokens} patch tokens in the last block"

@@ -88,6 +88,9 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     cache_bytes: Annotated[Count | None, _is("the prefix cache on disk, bytes")] = None
     cache_written_bytes: Annotated[Count | None, _is("of it, written by this run (wear of flash), bytes")] = None
     cache_precision: Annotated[str | None, _is("float16 or float32")] = None
+    pictures_written_bytes: Annotated[
+        Count | None, _is("decoded images kept on disk while they were needed (wear of flash), bytes")
+    ] = None
     cache_seconds: Annotated[float | None, _is("making the cache, part of train_seconds")] = None
     dropped_weights_bytes: Annotated[
         Count | None, _is("frozen weights that left memory once the cache was whole, bytes")

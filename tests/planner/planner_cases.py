@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shapes import DEIT_TINY, make_shape, probed_block
 
 from edgetune.cost import Selection, StepSetup, ViTShape, step_peak_bytes
-from edgetune.methods import METHODS, space_of
+from edgetune.methods import METHODS, everything, space_of
 from edgetune.planner import EmbeddingsChoice, Plan, PlanRequest, setups
 from edgetune.planner.choices import lossless_choices, lossy_choices
 from edgetune.planner.phases import phases, training_live_bytes
@@ -105,7 +105,7 @@ def requests(draw: st.DrawFn, *, max_depth: int = 8, max_batch: int = 40, max_gr
     levels = ["auto", "auto", "none", "mlp", "block"] if shape.mlp_half else ["auto", "none", "block"]
     accumulation = draw(st.none() | st.integers(1, batch))
     in_backward = draw(st.sampled_from([None, False, True]))
-    return make_request(
+    request = make_request(
         draw(st.sampled_from(list(METHODS))),
         shape=shape,
         batch_size=batch,
@@ -126,6 +126,9 @@ def requests(draw: st.DrawFn, *, max_depth: int = 8, max_batch: int = 40, max_gr
         peak_flops_per_s=draw(st.sampled_from([None, 1e10])),
         memory_bandwidth_bytes_per_s=draw(st.sampled_from([None, 4e9])),
     )
+    if request.space.draws and draw(st.booleans()):
+        return msgspec.structs.replace(request, space=everything(request.space, shape.depth))
+    return request
 
 
 def every_draw(request: PlanRequest, lossy: Lossy) -> Iterator[tuple[bool, ...]]:
