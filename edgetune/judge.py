@@ -36,11 +36,14 @@ class Judge(msgspec.Struct, frozen=True, kw_only=True):
     cap_bytes: int
     host_runtime_bytes: int
     device_runtime_bytes: int
+    gpu_shares_ram: bool = False
     notes: tuple[str, ...] = ()
 
     def device_peak_bytes(self, peaks: MemoryPeaks) -> int:
         """The judged figure of a run: what the verdict compares with the cap."""
-        return self.device_runtime_bytes + peaks.training_peak_bytes if self.simulated else peaks.peak_bytes
+        host = self.device_runtime_bytes + peaks.training_peak_bytes if self.simulated else peaks.peak_bytes
+        # What an integrated GPU was given is RAM that no figure of the process shows.
+        return host + (peaks.cuda_peak_bytes or 0) if self.gpu_shares_ram else host
 
 
 def is_this_machine(profile: DeviceProfile) -> bool:
@@ -125,5 +128,6 @@ def judge_for(
         cap_bytes=cap,
         host_runtime_bytes=measured,
         device_runtime_bytes=runtime,
+        gpu_shares_ram=profile.accelerator is not None and profile.accelerator.memory == "shared",
         notes=tuple(notes),
     )

@@ -136,6 +136,22 @@ def test_the_verdicts_figure_is_the_devices_runtime_plus_training_or_the_process
     assert Judge(simulated=False, **values).device_peak_bytes(peaks) == 900 * MIB  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("simulated", [True, False])
+def test_memory_of_a_gpu_that_shares_the_ram_is_part_of_the_figure(simulated: bool) -> None:
+    peaks = make_peaks(peak_bytes=900 * MIB, training_peak_bytes=150 * MIB, cuda_peak_bytes=200 * MIB)
+    none = msgspec.structs.replace(peaks, cuda_peak_bytes=None)
+    values = {"device": "board", "cap_bytes": GIB, "host_runtime_bytes": 750 * MIB, "device_runtime_bytes": 316 * MIB}
+    own = Judge(simulated=simulated, **values)  # type: ignore[arg-type]
+    shared = msgspec.structs.replace(own, gpu_shares_ram=True)
+    assert shared.device_peak_bytes(peaks) == own.device_peak_bytes(peaks) + 200 * MIB
+    assert shared.device_peak_bytes(none) == own.device_peak_bytes(none)
+
+
+@pytest.mark.parametrize(("device", "shares"), [("jetson-nano", True), ("raspberry-pi-4-4gb", False)])
+def test_a_profile_says_whether_a_gpu_shares_the_ram(meter: MemoryMeter, device: str, shares: bool) -> None:
+    assert judge_for(devices.find_device(device), None, meter).gpu_shares_ram is shares
+
+
 def test_timm_is_counted_once_and_only_where_it_is_needed(board: DeviceProfile, meter: MemoryMeter) -> None:
     assert board.runtime.torch is not None
     alone = msgspec.structs.replace(board.runtime.torch, bytes=240 * MIB, timm_bytes=90 * MIB, version="torch 2.9.1")

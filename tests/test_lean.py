@@ -23,23 +23,35 @@ if os.environ.get("THROUGH_TIMM"):
     import edgetune.vit.known, edgetune.vit.models
     edgetune.vit.models.described = lambda source: None  # as if none were known
 from edgetune.__main__ import main
+stop_after = int(os.environ.get("STOP_AFTER", 0))
+if stop_after:
+    import signal
+    from edgetune.cli.progress import Terminal
+    shown = Terminal.step
+    def step(self, event):
+        shown(self, event)
+        if event.step == stop_after:
+            signal.raise_signal(signal.SIGINT)
+    Terminal.step = step
 sys.argv = ["edgetune", *json.loads(os.environ["ARGUMENTS"])]
 try:
     main()
 except SystemExit as end:
-    assert not end.code, end.code
+    assert end.code == (130 if stop_after else 0) or not stop_after and end.code is None, end.code
 with open(os.environ["IMPORTED"], "w") as file:
     json.dump(sorted(set(sys.modules) - before), file)
 """
 FORBIDDEN = ("timm", "torchvision", "torch._dynamo", "torch._inductor", "sympy", "huggingface_hub", "onnx", "sklearn")
 
 
-def _run(folder: Path, *arguments: str, through_timm: bool = False) -> set[str]:
+def _run(folder: Path, *arguments: str, through_timm: bool = False, stop_after: int = 0) -> set[str]:
     """What the process imported beside torch."""
     imported = folder / "imported.json"
     environment = {**os.environ, "ARGUMENTS": json.dumps(arguments), "IMPORTED": str(imported)}
     if through_timm:
         environment["THROUGH_TIMM"] = "1"
+    if stop_after:
+        environment["STOP_AFTER"] = str(stop_after)
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(json.loads(imported.read_text()))
@@ -67,6 +79,31 @@ def test_a_run_imports_none_of_it_from_its_start_to_its_end(model: str, images: 
     assert imported.isdisjoint(FORBIDDEN)
     assert {name.split(".")[0] for name in imported}.isdisjoint(FORBIDDEN)
     assert _run(tmp_path, "evaluate", str(run)).isdisjoint(FORBIDDEN)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--method", "last-k", "--split", "8")], ids=["alast", "cached"])
+def test_a_run_that_was_stopped_goes_on_as_lean_as_it_began(
+    options: tuple[str, ...], images: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    task = (
+        "--data",
+        str(images),
+        "--model",
+        "edgetune_micro",
+        "-b",
+        "4",
+        "--epochs",
+        "2",
+        *options,
+        "-q",
+        "--output",
+        str(run),
+    )
+    _run(tmp_path, "finetune", *task, stop_after=1)
+    assert _run(tmp_path, "finetune", "--resume", str(run), "-q").isdisjoint(FORBIDDEN)
+    assert json.loads((run / "report.json").read_bytes())["stopped_because"] == "finished"
 
 
 @pytest.mark.slow

@@ -21,10 +21,10 @@ import torch
 from jsonschema import Draft202012Validator
 from safetensors.numpy import load_file
 
-from edgetune import devices, run
+from edgetune import devices, memory, run
 from edgetune.data import open_folder
 from edgetune.devices import find_device
-from edgetune.errors import DataError, DoesNotFit, EdgetuneError, RunFolderError, UsageError, WeightsError
+from edgetune.errors import CapExceeded, DataError, DoesNotFit, EdgetuneError, RunFolderError, UsageError, WeightsError
 from edgetune.report import RunReport, read_report
 from edgetune.store import read_plan
 from edgetune.units import MIB
@@ -502,3 +502,40 @@ def test_a_diverging_run_says_so_and_that_its_weights_are_of_no_use(images: Path
     report = read_report(tmp_path / "r")
     assert report.stopped_because == "diverged"
     assert report.val_accuracy is None
+
+
+# ----------------------------------------------------------------------------------------------------- an integrated GPU
+
+
+class _IntegratedGpu:
+    """As `torch.cuda` on a board: what was reserved there is in no figure of the process."""
+
+    def __init__(self, reserved_bytes: int) -> None:
+        self._reserved = reserved_bytes
+
+    def device_count(self) -> int:
+        return 1
+
+    def reset_peak_memory_stats(self, _index: int) -> None: ...
+
+    def max_memory_reserved(self, _index: int) -> int:
+        return self._reserved
+
+
+@pytest.mark.parametrize(("device", "counted"), [("jetson-nano", True), ("raspberry-pi-4-4gb", False)])
+def test_what_an_integrated_gpu_was_given_counts_against_the_cap(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, counted: bool
+) -> None:
+    plain = finetune(images, tmp_path / "plain", device=device)
+    monkeypatch.setattr(memory, "_cuda", lambda: _IntegratedGpu(plain.cap_bytes - plain.device_peak_bytes // 2))
+    if not counted:
+        report = finetune(images, tmp_path / "run", device=device)
+        assert report.within_cap
+        return
+    with pytest.raises(CapExceeded):
+        finetune(images, tmp_path / "run", device=device)
+    report = read_report(tmp_path / "run")
+    assert not report.within_cap
+    assert (report.stopped_because, report.steps) == ("over the cap", 1)
+    assert report.device_peak_bytes > report.cap_bytes
+    assert (tmp_path / "run" / "model.safetensors").is_file()
