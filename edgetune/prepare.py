@@ -22,7 +22,7 @@ from edgetune.memory import MemoryMeter, limit_allocator
 from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
 from edgetune.planner import CacheRequest, Plan, PlanRequest, replayed, views_that_fit
 from edgetune.profiles import DeviceProfile
-from edgetune.settings import RunSettings
+from edgetune.settings import RunSettings, looks_for_split
 from edgetune.shapes import known_shapes
 from edgetune.units import MIB
 from edgetune.warmup import settle_interned_strings, warm_up_data
@@ -191,7 +191,7 @@ def looks(settings: RunSettings, request: PlanRequest, images: int, *, replay: b
     steps = settings.steps or settings.epochs * -(-images // request.batch_size)
     return (
         not replay
-        and settings.split == "auto"
+        and looks_for_split(settings)
         and named == (None, None)
         and settings.pretrained
         and len(request.space.splits) > 1

@@ -46,7 +46,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     label_smoothing: float = 0.0
     trained_blocks: int | None = None
     split_block: int | None = None
-    split: SplitChoice = "lowest"  # where no block is named
+    split: SplitChoice | None = None  # where no block is named; None: as `looks_for_split` says
     token_floor: float | None = None
     token_ceiling: float | None = None
     split_tokens: float | None = None
@@ -159,6 +159,15 @@ def check(settings: RunSettings) -> None:
     for flag, text in texts.items():
         if text is not None:
             check_text(flag, text)
+
+
+def looks_for_split(settings: RunSettings) -> bool:
+    """Whether images are to say where to split: where it was asked for, and by default under ALaST. Baselines do what their
+    name says, and artifacts are cut already.
+    """
+    if settings.split is None:
+        return settings.method == "alast" and settings.backend == "torch"
+    return settings.split == "auto"
 
 
 def _check_backend(settings: RunSettings) -> None:

@@ -483,8 +483,9 @@ def test_an_image_that_goes_away_in_mid_run_ends_it_with_a_folder_that_can_be_re
         if event.step == 2:
             data.rename(moved)
 
+    # With --no-cache nothing but the weights is kept on disk: every epoch opens the images.
     with pytest.raises(DataError, match="No such file"):
-        finetune(data, tmp_path / "r", Witness(take_away), steps=6, batch_size=4)
+        finetune(data, tmp_path / "r", Witness(take_away), steps=6, batch_size=4, prefix_cache=False)
     report = read_report(tmp_path / "r")
     assert report.stopped_because == "failed"
     assert report.steps is not None
@@ -494,6 +495,17 @@ def test_an_image_that_goes_away_in_mid_run_ends_it_with_a_folder_that_can_be_re
     assert resumed.steps == 6
     finetune(data, tmp_path / "whole", steps=6, batch_size=4)
     assert losses(tmp_path / "r") == losses(tmp_path / "whole")
+
+
+def test_images_that_were_decoded_and_kept_may_go_away(tmp_path: Path) -> None:
+    data = make_images(tmp_path / "data", {"a": 12, "b": 12})
+
+    def take_away(event: Any) -> None:
+        if event.step == 1:
+            data.rename(tmp_path / "moved")
+
+    report = finetune(data, tmp_path / "r", Witness(take_away), steps=6, batch_size=4)
+    assert (report.stopped_because, report.steps) == ("finished", 6)
 
 
 def test_a_diverging_run_says_so_and_that_its_weights_are_of_no_use(images: Path, tmp_path: Path) -> None:

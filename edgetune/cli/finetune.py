@@ -193,7 +193,7 @@ def finetune(
         str | None,
         _option(
             "--split",
-            help="Block below which nothing ever trains; `lowest` (default): the lowest that fits; `auto`: found by a quick look at the images, much cheaper to train above and less accurate on tasks far from pretraining.",
+            help="Block below which nothing ever trains. `auto` (default for alast, from three passes over the images on): found by a quick look at the images; `lowest`: the lowest that fits.",
             panel=METHOD,
         ),
     ] = None,

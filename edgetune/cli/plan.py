@@ -62,7 +62,11 @@ def plan(
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option("--split", help="A block, or `lowest` (default): the lowest that fits.", show_default=False),
+        typer.Option(
+            "--split",
+            help="A block, or `lowest` (default here, where there are no images to look at): the lowest that fits.",
+            show_default=False,
+        ),
     ] = None,
     token_floor: Annotated[
         float | None, typer.Option("--token-floor", help="Least share of tokens a block passes on.", show_default=False)
@@ -184,6 +188,10 @@ def plan(
         _write(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
         return
     _show(made, profile, label, images)
+    if method is MethodName.alast and split is None and trained_blocks is None:
+        typer.echo(
+            "  a run looks at its images first and may split elsewhere, under the same cap (--split lowest: as here)"
+        )
 
 
 def _shape(model: str, classes: int, image_size: int | None) -> tuple[ViTShape, bool]:
