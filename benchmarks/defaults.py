@@ -30,7 +30,18 @@ SCALES = {"adamw": 1.0, "momentum": 10.0, "sgd": 100.0}
 def run(method: str, rate: float, seed: int, extra: list[str]) -> dict[str, Any]:
     """One run's report."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "edgetune", "finetune", "--json", "--quiet", "--method", method]
+        command = [
+            sys.executable,
+            "-m",
+            "edgetune",
+            "finetune",
+            "--json",
+            "--quiet",
+            "--split",
+            "lowest",
+            "--method",
+            method,
+        ]
         command += ["--lr", f"{rate:g}", "--seed", str(seed), "--output", f"{folder}/run", *extra]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

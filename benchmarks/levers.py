@@ -55,6 +55,8 @@ def run(arguments: list[str], epochs: int, seed: int) -> Run:
         command = [sys.executable, "-m", "edgetune", "finetune", "--device", "jetson-nano", "--json", "--quiet"]
         command += [
             "--no-head-first",
+            "--split",
+            "lowest",
             "--epochs",
             str(epochs),
             "--seed",

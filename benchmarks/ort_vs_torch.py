@@ -63,7 +63,7 @@ class Figures(NamedTuple):
 def command_of(backend: str, artifacts: Path, arguments: Sequence[str]) -> list[str]:
     """`edgetune finetune` on a backend, of the model that was exported."""
     if backend == TORCH:
-        model = ["--model", MODEL, "--weights", str(artifacts / "model.safetensors")]
+        model = ["--model", MODEL, "--weights", str(artifacts / "model.safetensors"), "--split", "lowest"]
         return [sys.executable, "-m", "edgetune", "finetune", *model, *arguments]
     return [
         sys.executable,
@@ -162,7 +162,8 @@ def learnt(work: Path) -> list[str]:
     subprocess.run([*export, str(artifacts)], check=True, capture_output=True)
     shared = ["-b", "32", "--epochs", str(SAMPLE_EPOCHS)]
     torch, _ = run(
-        [sys.executable, "-m", "edgetune", "finetune", "--model", "edgetune_micro", *shared], work / "micro-torch"
+        [sys.executable, "-m", "edgetune", "finetune", "--model", "edgetune_micro", "--split", "lowest", *shared],
+        work / "micro-torch",
     )
     ort, _ = run(command_of(ORT, artifacts, shared), work / "micro-ort")
     apart = 100 * (ort["val_accuracy"] - torch["val_accuracy"])

@@ -126,8 +126,7 @@ def check(settings: RunSettings) -> None:
         raise UsageError("--lr must be above 0.")
     if settings.method not in METHODS:
         raise UsageError(f"--method must be one of {', '.join(METHODS)}, not {settings.method!r}.")
-    shares = (settings.token_floor, settings.token_ceiling)
-    if settings.method != "alast" and (settings.alast != AlastSettings() or shares != (None, None)):
+    if settings.method != "alast" and names_budgets(settings):
         raise UsageError(
             "--token-floor, --token-ceiling, --alpha, --initial-budget, --layer-choice and --token-share belong to --method alast, "
             f"not to {settings.method}."
@@ -168,6 +167,12 @@ def looks_for_split(settings: RunSettings) -> bool:
     if settings.split is None:
         return settings.method == "alast" and settings.backend == "torch"
     return settings.split == "auto"
+
+
+def names_budgets(settings: RunSettings) -> bool:
+    """Whether anything is said of how tokens are pruned by budget."""
+    asked = (settings.alast, settings.token_floor, settings.token_ceiling)
+    return asked != (AlastSettings(), None, None)
 
 
 def _check_backend(settings: RunSettings) -> None:

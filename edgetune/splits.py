@@ -30,6 +30,7 @@ from edgetune.planner import PREFETCHED_BATCHES, Plan, PlanRequest, process_byte
 from edgetune.planner import plan as make_plan
 from edgetune.prepare import Setup, tell_plan
 from edgetune.probes import Correct, told_right
+from edgetune.settings import names_budgets
 from edgetune.units import format_bytes
 
 MOST_IMAGES = 384
@@ -114,7 +115,12 @@ def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
     found = find(backend, shape, batches, labels, lowest_split=setup.plan.split_block, prunes=prunes)
     for line in found.lines:
         listener.note(f"split: {line}")
-    request, plan = _planned(setup.request, found, prunes=prunes)
+    request, plan = _planned(
+        setup.request,
+        found,
+        prunes=prunes,
+        budgets_asked=names_budgets(settings),
+    )
     phases = plan.predicted_phase_bytes | {"look": peak_bytes}
     plan = msgspec.structs.replace(
         plan, predicted_phase_bytes=phases, predicted_peak_bytes=max(plan.predicted_peak_bytes, peak_bytes)
@@ -124,14 +130,15 @@ def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
     return msgspec.structs.replace(setup, request=request, plan=plan, notes=notes)
 
 
-def _planned(request: PlanRequest, found: Found, *, prunes: bool) -> tuple[PlanRequest, Plan]:
-    """What was found as a request, and its plan."""
+def _planned(
+    request: PlanRequest, found: Found, *, prunes: bool, budgets_asked: bool = False
+) -> tuple[PlanRequest, Plan]:
+    """What was found as a request, and its plan. `budgets_asked`: how tokens are pruned was named."""
     space = request.space
     if not found.fits and space.draws and 0 in space.splits:
-        # Tokens are dropped where blocks know which ones they can do without.
-        whole = msgspec.structs.replace(request, space=everything(space, request.shape.depth))
-        if request.token_floor is None and request.token_ceiling is None:
-            whole = msgspec.structs.replace(whole, token_floor=1.0)
+        # All tokens, too: blocks that fit badly do not know which ones they can do without.
+        floor = request.token_floor if budgets_asked else 1.0
+        whole = msgspec.structs.replace(request, space=everything(space, request.shape.depth), token_floor=floor)
         with suppress(DoesNotFit):
             return whole, make_plan(whole)
     splits = tuple(split for split in space.splits if split >= found.split_block)

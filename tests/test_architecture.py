@@ -78,7 +78,9 @@ ARROWS: dict[str, set[str]] = {
         "cost", "data", "enforce", "engines", "errors", "job", "judge", "memory", "methods", "planner",
         "profiles", "settings", "shapes", "system", "units", "warmup",
     },
-    "splits": {"backends", "cost", "data", "job", "methods", "planner", "prepare", "probes", "units"},
+    "splits": {
+        "backends", "cost", "data", "errors", "job", "methods", "planner", "prepare", "probes", "settings", "units",
+    },
     "session": {
         "backends", "caching", "checkpoint", "cost", "data", "engines", "errors", "features", "guard", "heads", "job", "methods", "outcome", "planner", "prepare",
         "replay", "report", "selections", "settings", "store", "trainer", "units",

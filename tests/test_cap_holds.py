@@ -29,6 +29,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA bounds memory, and /proc tells it, on Linux only"),
 ]
 COMMON = ("--model", "edgetune_micro", "-b", "64", "--epochs", "3", "--threads", "2", "--seed", "1", "-q")
+COMMON += ("--split", "lowest")
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,20 @@ def test_a_plan_a_third_too_small_finishes_under_the_limit_and_loses_no_sample(
             # done again through them, and AdamW's first steps amplify what rounding differs.
             assert float(one[1]) == pytest.approx(float(other[1]), rel=0.06)
             assert one[2] == other[2]
+
+
+def test_the_look_for_the_split_and_what_it_chooses_stay_under(images: Path, tmp_path: Path) -> None:
+    cap, folder = cap_above_least("alast", 38), tmp_path / "r"
+    flags = ["--device", "jetson-nano", "--ram-cap", str(cap), "--split", "auto", "--enforce", "rlimit"]
+    done = edgetune("finetune", "--data", images, *COMMON, *flags, "--output", folder)
+    report = finished(done, folder)
+    assert any(note.startswith("split: a classifier") for note in report.notes)
+    assert "look" in report.phases
+    assert report.tightenings == ()
+    assert report.runtime_bytes is not None
+    assert report.device_runtime_bytes is not None
+    assert done.high_water_bytes <= report.runtime_bytes + cap - report.device_runtime_bytes
+    assert done.most_over_limit_bytes <= 0
 
 
 def test_on_the_device_itself_the_whole_process_stays_under(images: Path, tmp_path: Path) -> None:
@@ -198,7 +213,7 @@ def test_nothing_grows_with_the_steps(images: Path, tmp_path: Path) -> None:
     """240 steps of ALaST in micro-batches; budgets that move fast make token counts that keep changing."""
     folder = tmp_path / "r"
     points, look = rss_by_row(folder / "metrics.csv")
-    flags = ("--device", "jetson-nano", "--method", "alast", "--alpha", "3", "--steps", "240", "--threads", "1")
+    flags = ("--device", "jetson-nano", "--split", "lowest", "--alpha", "3", "--steps", "240", "--threads", "1")
     arguments = ("--model", "edgetune_micro", "-b", "15", "--grad-accum-steps", "4", "-q", *flags, "--output", folder)
     done = edgetune("finetune", "--data", images, *arguments, look=look)
     report = finished(done, folder, steps=240)

@@ -169,9 +169,9 @@ def test_under_a_cap_that_binds_as_much_of_it_trains_as_fits_and_then_what_else_
 
 def test_a_floor_or_ceiling_that_was_asked_for_stays() -> None:
     asked = msgspec.structs.replace(make_request("alast"), token_floor=0.8)
-    assert _planned(asked, BADLY, prunes=True)[1].token_floor == 0.8
+    assert _planned(asked, BADLY, prunes=True, budgets_asked=True)[1].token_floor == 0.8
     asked = msgspec.structs.replace(make_request("alast"), token_ceiling=0.9)
-    found = _planned(asked, BADLY, prunes=True)[1]
+    found = _planned(asked, BADLY, prunes=True, budgets_asked=True)[1]
     assert found.embeddings_train
     assert found.token_floor <= 0.9
 
@@ -203,7 +203,10 @@ def test_a_run_on_a_task_that_the_model_fits_badly_trains_its_embeddings(tmp_pat
     ("changes", "looked"),
     [
         ({"split": "auto"}, True),
-        ({}, False),
+        ({}, True),
+        ({"split": "lowest"}, False),
+        ({"method": "random-k"}, False),
+        ({"method": "random-k", "split": "auto"}, True),
         ({"split": "auto", "split_block": 4}, False),
         ({"split": "auto", "trained_blocks": 3}, False),
         ({"split": "auto", "epochs": 2}, False),
