@@ -81,7 +81,7 @@ def tasks(work: Path) -> dict[str, Task]:
             (3e-4, 1e-3, 3e-3),
             (5e-4, 1e-3, 2e-3),
         ),
-        "solar": Task("solar", solar, 16, (3e-5, 1e-4, 3e-4), (1e-4, 3e-4, 1e-3)),
+        "solar": Task("solar", solar, 16, (1e-5, 3e-5, 1e-4), (1e-4, 3e-4, 1e-3)),
     }
 
 
