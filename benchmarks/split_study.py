@@ -233,10 +233,10 @@ def _row(runs: Study, run: Asked, full: Asked) -> list[str]:
 # What `auto` chooses on the tasks where it freezes, and the levers on the way there.
 COST_WAYS = [
     ("full fine-tuning", ["--method", "full"]),
-    ("nothing below block 9 trains", ["--split", "9", "--no-cache"]),
-    ("prefix cached", ["--split", "9"]),
-    ("2/3 of the tokens from the split on", ["--split", "9", "--split-tokens", "0.67"]),
-    ("2/5 of the tokens from the split on", ["--split", "9", "--split-tokens", "0.4"]),
+    ("nothing below block 8 trains", ["--split", "8", "--no-cache"]),
+    ("prefix cached", ["--split", "8"]),
+    ("2/3 of the tokens from the split on", ["--split", "8", "--split-tokens", "0.67"]),
+    ("2/5 of the tokens from the split on", ["--split", "8", "--split-tokens", "0.4"]),
 ]
 COSTS = (
     # At 112 px its memory goes into weights and the optimizer.

@@ -39,7 +39,7 @@ def right(share: float, count: int = 200, seed: int = 0) -> np.ndarray:
     return found
 
 
-@pytest.mark.parametrize(("depth", "expected"), [(12, (4, 6, 8, 9)), (24, (8, 12, 16, 18)), (2, (1,)), (1, ())])
+@pytest.mark.parametrize(("depth", "expected"), [(12, (4, 6, 8)), (24, (8, 12, 16)), (2, (1,)), (1, ())])
 def test_splits_are_looked_for_in_the_middle_of_the_model(depth: int, expected: tuple[int, ...]) -> None:
     assert candidate_splits(depth) == expected
 
@@ -117,20 +117,20 @@ def _found(
 
 
 def test_the_look_finds_the_split_and_the_tokens() -> None:
-    splits = {(4, 16): 9.0, (6, 16): 9.0, (8, 16): 9.0, (9, 16): 0.0}
+    splits = {(4, 16): 9.0, (6, 16): 9.0, (8, 16): 0.0}
     tokens = {(12, 8): 9.0, (12, 16): 9.0}  # 0.4 and 0.67 of 16 go up to 8 and 16
-    assert _found(splits | tokens) == (8, 0.4)
-    assert _found(splits | {(9, 16): 9.0} | tokens) == (9, 0.4)
-    assert _found(splits | {(8, 16): 0.0} | tokens) == (6, 0.4)
-    assert _found(splits | tokens | {(12, 8): 0.0}) == (8, 0.67)
-    assert _found(splits | tokens, prunes=False) == (8, 1.0)
-    assert _found(splits | tokens, lowest=8) == (8, 0.4)
+    assert _found(splits | tokens) == (6, 0.4)
+    assert _found(splits | {(8, 16): 9.0} | tokens) == (8, 0.4)
+    assert _found(splits | {(6, 16): 0.0} | tokens) == (4, 0.4)
+    assert _found(splits | tokens | {(12, 8): 0.0}) == (6, 0.67)
+    assert _found(splits | tokens, prunes=False) == (6, 1.0)
+    assert _found(splits | tokens, lowest=6) == (6, 0.4)
     assert _found({(10, 16): 9.0} | tokens, lowest=10) == (10, 0.4)
     assert TOKEN_SHARES == (0.4, 0.67)
 
 
 def test_where_bare_pixels_tell_more_than_the_pretrained_blocks_nothing_is_frozen() -> None:
-    nothing = {(block, tokens): 0.0 for block in (4, 6, 8, 9, 12) for tokens in (8, 16)}
+    nothing = {(block, tokens): 0.0 for block in (4, 6, 8, 12) for tokens in (8, 16)}
     assert _found(nothing, pixels_tell=True) == (0, 1.0)
 
 
@@ -224,5 +224,5 @@ def test_a_run_looks_where_it_was_asked_to_and_it_pays(
     assert any(note.startswith("split: ") for note in witness.notes) == looked
     assert ("look" in report.phases) == looked
     if looked:
-        assert report.split_block in (0, 4, 6, 8, 9)
+        assert report.split_block in (0, 4, 6, 8)
         assert report.predicted_phases["look"] > 0
