@@ -70,13 +70,19 @@ const acts = {
     return { plan: await page.textContent("#plan") };
   },
   async train({ stop_at: stopAt }) {
-    await page.click("#train");
     if (stopAt) {
-      await page.waitForFunction(
-        (step) => Number(/step (\d+) of/.exec(document.querySelector("#phase").textContent)?.[1]) >= step, stopAt,
-      );
-      await page.click("#stop");
+      // In the page itself: a click from here would come when it comes, on a busy machine after the last step.
+      await page.evaluate((step) => {
+        const phase = document.querySelector("#phase");
+        const watch = new MutationObserver(() => {
+          if (!(Number(/step (\d+) of/.exec(phase.textContent)?.[1]) >= step)) return;  // NaN before the first
+          watch.disconnect();
+          document.querySelector("#stop").click();
+        });
+        watch.observe(phase, { childList: true, characterData: true, subtree: true });
+      }, stopAt);
     }
+    await page.click("#train");
     await ended();
     return figures();
   },
