@@ -279,7 +279,10 @@ def main() -> None:
         parts += costs(args.rounds)
     print("\n".join(parts))
     if args.part is None:
-        write(parts, f"python benchmarks/split_study.py --work WORK --epochs {args.epochs} --jobs {args.jobs}")
+        write(
+            parts,
+            f"python benchmarks/split_study.py --work WORK --epochs {args.epochs} --jobs {args.jobs} --rounds {args.rounds}",
+        )
 
 
 if __name__ == "__main__":
