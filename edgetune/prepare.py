@@ -229,7 +229,7 @@ def with_cache(
 
 def room_on_disk(folder: Path) -> int:
     """Bytes that a cache in this folder may have: most of what is free, and what it has already."""
-    above = _existing(folder)
+    above = existing(folder)
     try:
         there = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
         return there + int(FREE_DISK_SHARE * shutil.disk_usage(above).free)
@@ -243,14 +243,14 @@ def _pictures(settings: RunSettings, preprocess: Preprocess, folder: Path) -> Pi
     """
     if settings.prefix_cache is False or settings.cache_limit_bytes is not None or settings.augment:
         return None
-    above = _existing(folder)
+    above = existing(folder)
     try:
         return Pictures(above, preprocess, int(PICTURES_DISK_SHARE * shutil.disk_usage(above).free))
     except OSError:
         return None
 
 
-def _existing(folder: Path) -> Path:
+def existing(folder: Path) -> Path:
     """The folder, or the nearest above it that exists."""
     return next(parent for parent in (folder, *folder.parents) if parent.exists())
 

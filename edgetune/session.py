@@ -30,7 +30,7 @@ from edgetune.job import Diverged, Interruption, Job, Listener, NoMemory, OverCa
 from edgetune.methods import METHODS, default_rate
 from edgetune.outcome import Outcome, make_report
 from edgetune.planner import CachedPrefix, Plan, PlanRequest, pinned
-from edgetune.prepare import Setup, cache_folder, step_weights
+from edgetune.prepare import Setup, cache_folder, existing, step_weights
 from edgetune.replay import forget, reason_of
 from edgetune.report import RunReport, report_to_json
 from edgetune.selections import SelectionLog, read_selections
@@ -203,8 +203,7 @@ def _cache(session: Session, job: Job, prefix: CachedPrefix) -> None:
 
 def _kept_free_bytes(session: Session, cache: Path) -> int:
     """What the run itself still writes to the cache's disk: the model, two checkpoints and a third being written."""
-    above = next(parent for parent in (cache, *cache.parents) if parent.exists())
-    if above.stat().st_dev != session.path.stat().st_dev:
+    if existing(cache).stat().st_dev != session.path.stat().st_dev:
         return 0
     return 4 * FLOAT_BYTES * session.setup.shape.parameters
 

@@ -79,13 +79,13 @@ def test_an_image_is_decoded_once_from_the_scan_to_the_end(
         return plain(name, *rest)
 
     monkeypatch.setattr(decoding, "_open_and_decode", counted)
-    # A limit that binds nothing, but says how much may lie on the disk.
     changes = EXACT if cached else {**EXACT, "split_block": 0, "method": "full"}
     report, _ = run(fresh, tmp_path / "run", **changes)
     assert report.cached_blocks == (8 if cached else 0)
     assert sorted(opened) == sorted(str(path) for path in fresh.rglob("*.png"))
     assert report.pictures_written_bytes == 20 * 32 * 32 * 3
     opened.clear()
+    # A limit that binds nothing, but says how much may lie on the disk.
     limited, _ = run(fresh, tmp_path / "limited", **changes, cache_limit_bytes=1 << 30)
     assert limited.pictures_written_bytes == 0
     assert len(opened) >= 20
