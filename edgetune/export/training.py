@@ -101,7 +101,8 @@ def _put_right(model: onnx.ModelProto) -> None:
 def bake(model: onnx.ModelProto, schedule: Schedule) -> None:
     """Make an optimizer graph follow the schedule whatever rate it is fed, provided that is FIXED_RATE.
 
-    The rate of step s (from 1): `peak * s / warmup` up to `warmup`, then a cosine to zero at `total`.
+    The rate of step s (from 1): `peak * s / warmup` up to `warmup`, then a cosine to zero at `total`. A runtime that
+    goes on with a training counts its steps from 1 again: `schedule_begun`, 0 here, is how many were done before.
     """
     graph = model.graph
     rate, baked = "learning_rate", "scheduled_rate"
@@ -116,6 +117,7 @@ def bake(model: onnx.ModelProto, schedule: Schedule) -> None:
         "ramp": float(max(1, schedule.warmup_steps)),
         "rest": float(max(1, schedule.total_steps - schedule.warmup_steps)),
         "zero": 0.0,
+        "begun": 0.0,
     }
     for name, value in constants.items():
         graph.initializer.append(helper.make_tensor(f"schedule_{name}", TensorProto.FLOAT, [], [value]))
@@ -124,7 +126,8 @@ def bake(model: onnx.ModelProto, schedule: Schedule) -> None:
         return helper.make_node(kind, list(inputs), [output], name=f"schedule/{output}", **attributes)
 
     nodes = [
-        node("Cast", ["step"], "step_float", to=TensorProto.FLOAT),  # from 1
+        node("Cast", ["step"], "own_step", to=TensorProto.FLOAT),  # from 1
+        node("Add", ["own_step", "schedule_begun"], "step_float"),
         node("Sub", ["step_float", "schedule_one"], "done"),
         node("Div", ["step_float", "schedule_ramp"], "rising"),
         node("Sub", ["done", "schedule_warmup"], "past_warmup"),

@@ -173,12 +173,10 @@ def test_pixels_are_pillows_within_1_of_255_and_jpegs_are_near(
     assert max(apart.values()) <= 12, apart
 
 
-# Known fault: the bits differ at times, it seems by where the training was stopped. Found at the end of a session.
-@pytest.mark.xfail(
-    strict=False, reason="a training that was stopped and goes on does not always end with the same bits"
-)
+# Of 120 steps 12 warm up: stopped among them and after them.
+@pytest.mark.parametrize("stop_at", [5, 41])
 def test_a_tab_that_comes_back_goes_on_and_ends_with_the_same_bits(
-    browser: Any, page_folder: Path, tmp_path: Path
+    browser: Any, page_folder: Path, tmp_path: Path, stop_at: int
 ) -> None:
     classes = make_pictures(tmp_path, 3)
     settings = {"act": "settings", "variant": "upper-2", "optimizer": "sgd", "rate": 0.02, "epochs": 60, "batch": 4}
@@ -191,7 +189,7 @@ def test_a_tab_that_comes_back_goes_on_and_ends_with_the_same_bits(
     found = browser(
         page_folder,
         *begin,
-        {"act": "train", "stop_at": 5},
+        {"act": "train", "stop_at": stop_at},
         {"act": "open"},
         {"act": "bring_back"},
         {"act": "guess", "file": classes[0]["files"][0]},

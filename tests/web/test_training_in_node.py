@@ -218,11 +218,13 @@ def test_the_loop_learns_prunes_and_sees_every_image_once_an_epoch(
     assert found["epochs"][-1] == {"epoch": 10, "right": 2}
 
 
+# Of 30 steps 3 warm up, 3 are an epoch: stopped in the warm-up, at an epoch's end, and within a later one.
+@pytest.mark.parametrize("step", [2, 6, 16])
 def test_a_loop_that_is_gone_on_with_ends_with_the_same_bits(
-    core: Any, ort_web: Path, artifacts: Path, tmp_path: Path
+    core: Any, ort_web: Path, artifacts: Path, tmp_path: Path, step: int
 ) -> None:
-    whole = looped(core, ort_web, artifacts, tmp_path, "whole")
-    parts = looped(core, ort_web, artifacts, tmp_path, "parts", interrupted_at=6)
+    whole = looped(core, ort_web, artifacts, tmp_path, "whole", settings={"epochs": 10})
+    parts = looped(core, ort_web, artifacts, tmp_path, "parts", settings={"epochs": 10}, interrupted_at=step)
     assert whole["state"] == parts["state"]
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
 

@@ -13,12 +13,12 @@ const [VARINT, FIXED64, BYTES, FIXED32] = [0, 1, 2, 5];
 // A copy of the graph with the run's schedule. `stepsDone`: of this schedule, by an earlier session, whose count is gone.
 export function withSchedule(graph, { peakRate, warmupSteps, totalSteps, stepsDone = 0 }) {
   const copy = Uint8Array.from(graph);
-  const left = warmupSteps - stepsDone;
   const values = {
     schedule_scale: peakRate / FIXED_RATE,
-    schedule_warmup: left, // below zero: so many steps of the cosine are done
-    schedule_ramp: Math.max(1, left),
+    schedule_warmup: warmupSteps,
+    schedule_ramp: Math.max(1, warmupSteps),
     schedule_rest: Math.max(1, totalSteps - warmupSteps),
+    schedule_begun: stepsDone,
   };
   const places = scalarPlaces(copy);
   const view = new DataView(copy.buffer);
