@@ -7,7 +7,7 @@ there (a full disk, a limit) is put through the prefix when it is needed: the ru
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from edgetune.backends.base import Array, Images, Labels
 from edgetune.cost import Selection
 from edgetune.data import ImageSet, flip_draw, load_batch, prefetch
-from edgetune.features import FeatureKey, FeatureStore, entry_id, weights_sha256
+from edgetune.features import CHUNK_BYTES, FeatureKey, FeatureStore, entry_id, weights_sha256
 from edgetune.job import Interruption, Job
 from edgetune.planner import CachedPrefix, entry_bytes
 from edgetune.replay import smaller_batches, within_memory
@@ -241,7 +241,8 @@ def open_features(job: Job, place: Place, prefix: CachedPrefix, precision: Preci
         for view in range(prefix.views)
         for index, content in enumerate(job.train_images.contents)
     ]
-    limit = place.limit_bytes
+    # The two of the validation images are made in one pass: together they may hold as much as one.
+    limit, val_chunk_bytes = place.limit_bytes, CHUNK_BYTES // 2 if pruned else None
     train = FeatureStore.open(
         place.folder,
         key(train_tokens, prefix.stored_tokens),
@@ -253,12 +254,22 @@ def open_features(job: Job, place: Place, prefix: CachedPrefix, precision: Preci
     pruned_val = None
     if pruned:
         pruned_val = FeatureStore.open(
-            place.folder, train.key, val_ids, limit_bytes=limit, keep_free_bytes=place.keep_free_bytes
+            place.folder,
+            train.key,
+            val_ids,
+            limit_bytes=limit,
+            keep_free_bytes=place.keep_free_bytes,
+            chunk_bytes=val_chunk_bytes,
         )
         each = entry_bytes(prefix.stored_tokens, prefix.width, prefix.float_bytes)
         limit = None if limit is None else max(0, limit - prefix.train_bytes - len(val_ids) * each)
     val = FeatureStore.open(
-        place.folder, key(val_tokens, evaluated), val_ids, limit_bytes=limit, keep_free_bytes=place.keep_free_bytes
+        place.folder,
+        key(val_tokens, evaluated),
+        val_ids,
+        limit_bytes=limit,
+        keep_free_bytes=place.keep_free_bytes,
+        chunk_bytes=val_chunk_bytes,
     )
     return Features(
         prefix=prefix,
@@ -286,14 +297,9 @@ def make(job: Job, features: Features) -> None:
     began = time.monotonic()
     job.enter_phase("cache")
     try:
-        for cached, images, training in (
-            (features.train, job.train_images, True),
-            (features.pruned_val, job.val_images, False),
-            (features.val, job.val_images, False),
-        ):
-            if cached is None:
-                continue
-            work = partial(_make_part, job, features, cached, images, training=training)
+        val = [part for part in (features.pruned_val, features.val) if part is not None]
+        for parts, images in (([features.train], job.train_images), (val, job.val_images)):
+            work = partial(_make_parts, job, features, parts, images, training=images is job.train_images)
             within_memory(
                 job, "caching the frozen blocks", work, lambda: None, partial(smaller_batches, job, "cache_batch", None)
             )
@@ -302,29 +308,52 @@ def make(job: Job, features: Features) -> None:
         job.enter_phase("train")
 
 
-def _make_part(job: Job, features: Features, cached: CachedImages, images: ImageSet, *, training: bool) -> None:
-    missing = cached.store.missing()
+def _make_parts(
+    job: Job, features: Features, parts: Sequence[CachedImages], images: ImageSet, *, training: bool
+) -> None:
+    """`parts`: the features of one set of images, or those on fewer tokens and those on all."""
+    if len(parts) > 1:
+        pruned, whole = parts
+        both = np.intersect1d(pruned.store.missing(), whole.store.missing())
+        _put_through(job, features, parts, both, images, training=training)
+    for part in parts:
+        _put_through(job, features, [part], part.store.missing(), images, training=training)
+
+
+def _put_through(
+    job: Job, features: Features, parts: Sequence[CachedImages], missing: Places, images: ImageSet, *, training: bool
+) -> None:
+    """Compute what is `missing` in all of `parts`, until one of them is full."""
     total, done = len(missing), 0
     read = _reader(job, images, training=training)
     what = "cache training images" if training else "cache validation images"
+    prefix, count = features.prefix, parts[0].count
 
     def batches() -> Iterator[tuple[Places, Images]]:
-        for view in range(cached.views):
-            here = missing[missing // cached.count == view]
+        for view in range(parts[0].views):
+            here = missing[missing // count == view]
             for start in range(0, len(here), job.plan.cache_batch):
                 places = here[start : start + job.plan.cache_batch]
-                yield places, read(places % cached.count, view)[0]
+                yield places, read(places % count, view)[0]
 
+    if any(part.store.full for part in parts):
+        return
     try:
         with closing(prefetch(batches(), depth=batches_ahead(job, training=training))) as source:
             for places, inputs in source:
                 if job.stop.is_set():
                     raise Interruption
-                found = job.backend.features(inputs, cached.patch_tokens, pooled=features.prefix.pooled)
-                cached.store.add(places, found)
+                if len(parts) > 1:
+                    whole, pruned = job.backend.whole_and_pruned_features(inputs, prefix.blocks, prefix.patch_tokens)
+                    found = [pruned, whole]
+                else:
+                    found = [job.backend.features(inputs, parts[0].patch_tokens, pooled=prefix.pooled)]
+                for part, values in zip(parts, found, strict=True):
+                    part.store.add(places, values)
                 done += len(places)
                 job.listener.progress(what, done, total)
-                if cached.store.full is not None:
+                if any(part.store.full for part in parts):
                     return
     finally:
-        cached.store.flush()
+        for part in parts:
+            part.store.flush()

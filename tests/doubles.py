@@ -105,6 +105,9 @@ class FakeBackend:
     def features(self, inputs: Images, patch_tokens: Sequence[int], *, pooled: bool) -> Array:
         raise NotImplementedError
 
+    def whole_and_pruned_features(self, inputs: Images, blocks: int, leaving: int) -> tuple[Array, Array]:
+        raise NotImplementedError
+
     has_linear_head = False
 
     def head_inputs(self, inputs: Images, cached_blocks: int, patch_tokens: tuple[int, ...]) -> Array:

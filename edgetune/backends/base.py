@@ -93,6 +93,10 @@ class Backend(Protocol):
         """
         ...
 
+    def whole_and_pruned_features(self, inputs: Images, blocks: int, leaving: int) -> tuple[Array, Array]:
+        """`features` of the lowest `blocks` blocks on all tokens, and with `leaving` patch tokens that leave the last one."""
+        ...
+
     def drop_prefix(self, blocks: int, stored: Mapping[str, Array]) -> int:
         """Let the weights of the embeddings and the lowest `blocks` blocks go; `stored` has them for whoever asks.
 

@@ -207,6 +207,14 @@ class OrtBackend:
         found, _ = self._through_prefix(inputs, tokens)
         return found[:, : shape.prefix_tokens] if pooled else found
 
+    def whole_and_pruned_features(self, inputs: Images, blocks: int, leaving: int) -> tuple[Array, Array]:
+        # The graph prunes inside: each is a pass of its own.
+        all_tokens = (self.manifest.shape.patch_tokens,) * blocks
+        return (
+            self.features(inputs, (*all_tokens, all_tokens[0]), pooled=False),
+            self.features(inputs, (*all_tokens, leaving), pooled=False),
+        )
+
     def _through_prefix(self, images: Images, tokens: Sequence[int]) -> tuple[Array, Floats]:
         if self._prefix is None:
             assert self.variant.prefix_graph is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from edgetune.errors import UnsupportedModel
 from edgetune.optim import Optimizer, OptimizerSettings, named_state
 from edgetune.regions import region_of, trains
 from edgetune.vit.half import store_half
-from edgetune.vit.loop import apply_selection, forward, prefix, summaries
+from edgetune.vit.loop import apply_selection, forward, prefix, prefix_whole_and_pruned, summaries
 from edgetune.vit.plain import AnyViT, Architecture, build
 
 
@@ -184,11 +185,21 @@ class TorchBackend:
             head.bias.copy_(torch.from_numpy(bias))
 
     def features(self, inputs: Images, patch_tokens: Sequence[int], *, pooled: bool) -> Array:
+        with self._prefix_alone():
+            found: Array = prefix(self.model, torch.from_numpy(inputs), patch_tokens, pooled=pooled).numpy()
+        return found
+
+    def whole_and_pruned_features(self, inputs: Images, blocks: int, leaving: int) -> tuple[Array, Array]:
+        with self._prefix_alone():
+            whole, pruned = prefix_whole_and_pruned(self.model, torch.from_numpy(inputs), blocks, leaving)
+        return whole.numpy(), pruned.numpy()
+
+    @contextmanager
+    def _prefix_alone(self) -> Iterator[None]:
         if self._selected is None:  # else what is frozen is in eval mode already, and what trains stays as it is
             self.model.eval()
         with torch.inference_mode():
-            found: Array = prefix(self.model, torch.from_numpy(inputs), patch_tokens, pooled=pooled).numpy()
-        return found
+            yield
 
     def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
         self._selected = None

@@ -52,8 +52,8 @@ class Header(NamedTuple):
     crcs: Crcs  # (count,)
 
 
-def entries_per_chunk(entry_bytes: int) -> int:
-    return max(1, CHUNK_BYTES // entry_bytes)
+def entries_per_chunk(entry_bytes: int, chunk_bytes: int | None = None) -> int:
+    return max(1, (CHUNK_BYTES if chunk_bytes is None else chunk_bytes) // entry_bytes)
 
 
 def header_bytes(count: int) -> int:

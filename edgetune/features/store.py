@@ -33,7 +33,7 @@ class FeatureStore:
     """Features of the images `ids`, named by their place in that list; made by `open`.
 
     In memory: 13 bytes a place and 16 more until all are there, one entry to read into, and while entries are added
-    one chunk (8 MiB, or an entry where that is larger). One thread may read while another adds.
+    one chunk (`chunk_bytes`, or an entry where that is larger). One thread may read while another adds.
 
     Attributes:
         folder: where the files of this key are.
@@ -57,10 +57,12 @@ class FeatureStore:
         ids: Sequence[bytes] | npt.NDArray[np.uint8],
         limit_bytes: int | None,
         keep_free_bytes: int,
+        chunk_bytes: int | None,
     ) -> None:
         self.folder, self.key, self.notes, self.full = folder, key, (), None
         self.stored_bytes = self.written_bytes = 0
         self._limit_bytes, self._keep_free_bytes = limit_bytes, keep_free_bytes
+        self._chunk_bytes = chunk_bytes
         self._key_sha256, self._entry_bytes = key.sha256(), key.entry_bytes
         self._index = Index(ids)
         self.present = self._index.present
@@ -78,6 +80,7 @@ class FeatureStore:
         *,
         limit_bytes: int | None = None,
         keep_free_bytes: int = 0,
+        chunk_bytes: int | None = None,
         progress: Progress | None = None,
     ) -> FeatureStore:
         """The store of `key` below `folder`, after every checksum in it was checked.
@@ -89,11 +92,12 @@ class FeatureStore:
             ids: 16 bytes an image (see `entry_id`), as a list or an array (n, 16).
             limit_bytes: no more than this on disk for this key, all files counted. What is there already stays.
             keep_free_bytes: of the disk, for what else the run writes to it.
+            chunk_bytes: what waits in memory while entries are added; 8 MiB where it is not said.
             progress: told the bytes checked and the bytes to check.
 
         Raises: ValueError if an id has not 16 bytes. Never for the disk: `full` says what is wrong with it.
         """
-        store = cls(folder / key.folder_name(), key, ids, limit_bytes, keep_free_bytes)
+        store = cls(folder / key.folder_name(), key, ids, limit_bytes, keep_free_bytes, chunk_bytes)
         try:
             store._look(progress or (lambda done, total: None))
         except OSError as error:
@@ -179,7 +183,7 @@ class FeatureStore:
             if self._staging is None:
                 if self.is_whole:
                     return
-                shape = (chunks.entries_per_chunk(self._entry_bytes), *wanted[1:])
+                shape = (chunks.entries_per_chunk(self._entry_bytes, self._chunk_bytes), *wanted[1:])
                 self._staging = np.empty(shape, self.key.dtype)
                 self._staged = np.empty(len(self._staging), np.int32)
             rank = int(self._index.ranks[place])

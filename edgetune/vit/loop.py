@@ -91,6 +91,16 @@ def prefix(model: AnyViT, images: Tensor, patch_tokens: Sequence[int], *, pooled
         return tokens[:, : model.num_prefix_tokens] if pooled else tokens
 
 
+def prefix_whole_and_pruned(model: AnyViT, images: Tensor, blocks: int, leaving: int) -> tuple[Tensor, Tensor]:
+    """What `prefix` makes of images on all tokens, and with `leaving` patch tokens that leave the last block, in one pass."""
+    with torch.no_grad():
+        tokens = embed(model, images)
+        for block in model.blocks[: blocks - 1]:
+            tokens = run_recomputed(block, tokens, Recompute.NOTHING)
+        tokens, class_row = _with_class_row(model.blocks[blocks - 1], tokens, Recompute.NOTHING)
+        return tokens, keep_tokens(tokens, class_row, leaving, model.num_prefix_tokens)
+
+
 def summaries(model: AnyViT, images: Tensor, ways: Sequence[tuple[Sequence[int], int]]) -> list[Tensor]:
     """What the lowest blocks put out in each of several ways, (B, 2 D): the class token (or nothing) and the mean of the
     patch tokens.
@@ -164,12 +174,18 @@ def forward(
 
 
 def run_block(block: Any, tokens: Tensor, leaving: int, prefix_tokens: int, level: Recompute) -> Tensor:
-    """One unmodified block; of its patch tokens the `leaving` ones that the class token attends to most go on.
+    """One unmodified block; of its patch tokens the `leaving` ones that the class token attends to most go on."""
+    if leaving >= tokens.shape[1] - prefix_tokens:
+        return run_recomputed(block, tokens, level)
+    tokens, class_row = _with_class_row(block, tokens, level)
+    return keep_tokens(tokens, class_row, leaving, prefix_tokens)
+
+
+def _with_class_row(block: Any, tokens: Tensor, level: Recompute) -> tuple[Tensor, Tensor]:
+    """What a block puts out, and the class token's attention in it.
 
     The hook on `attn.qkv` only reads the projection that the block computes anyway, and is gone when this returns.
     """
-    if leaving >= tokens.shape[1] - prefix_tokens:
-        return run_recomputed(block, tokens, level)
     rows: list[Tensor] = []
     handle = block.attn.qkv.register_forward_hook(
         lambda _module, _inputs, qkv: rows.append(class_attention(block.attn, qkv.detach()))
@@ -178,7 +194,7 @@ def run_block(block: Any, tokens: Tensor, leaving: int, prefix_tokens: int, leve
         tokens = run_recomputed(block, tokens, level)
     finally:
         handle.remove()
-    return keep_tokens(tokens, rows[0], leaving, prefix_tokens)
+    return tokens, rows[0]
 
 
 @torch.no_grad()

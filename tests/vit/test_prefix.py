@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from edgetune.cost import Selection
-from edgetune.vit.loop import apply_selection, forward, prefix
+from edgetune.vit.loop import apply_selection, forward, prefix, prefix_whole_and_pruned
 
 FAMILIES = list(zoo.ALL)
 
@@ -85,6 +85,16 @@ def test_tokens_dropped_at_the_split_are_the_same_ones(family: str) -> None:
     cached_loss, cached_gradients = _step(model, features, selection, blocks)
     assert cached_loss == loss
     assert _same(cached_gradients, gradients)
+
+
+@pytest.mark.parametrize("family", ["deit_tiny", "dinov2 with registers", "q and k norm"])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_one_pass_gives_what_two_give_on_all_tokens_and_on_fewer(family: str, blocks: int) -> None:
+    model = zoo.build(family).eval()
+    images, patches = zoo.images(model, batch=3), model.patch_embed.num_patches
+    whole, pruned = prefix_whole_and_pruned(model, images, blocks, patches // 2)
+    assert torch.equal(whole, prefix(model, images, (patches,) * (blocks + 1), pooled=False))
+    assert torch.equal(pruned, prefix(model, images, (*(patches,) * blocks, patches // 2), pooled=False))
 
 
 @pytest.mark.parametrize("family", ["deit_tiny", "deit3_small", "dinov2 with registers", "siglip"])
