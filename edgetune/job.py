@@ -65,6 +65,7 @@ class TrainingState(msgspec.Struct):
     before: Scores | None = None
     alast: AlastState | None = None
     tightenings: tuple[str, ...] = ()
+    look_seconds: float | None = None  # for the split, before the first step; None: it was not looked for
     cache_seconds: float = 0.0
     cache_written_bytes: int = 0
     evaluation_tokens: tuple[int, ...] | None = None  # that serve the best epoch's model best; None: all

@@ -110,6 +110,7 @@ def make_report(outcome: Outcome) -> RunReport:
         cache_written_bytes=None if outcome.cached_bytes is None else state.cache_written_bytes,
         cache_precision=outcome.cache_precision,
         pictures_written_bytes=outcome.pictures_written_bytes,
+        look_seconds=state.look_seconds,
         cache_seconds=None if outcome.cached_bytes is None else state.cache_seconds,
         dropped_weights_bytes=None if outcome.cached_bytes is None else state.dropped_bytes,
         train_seconds=state.train_seconds + state.cache_seconds,

@@ -86,11 +86,15 @@ def finetune(
                 backend = built.backend
                 if settings.replay is not None:
                     _begin_as(Path(settings.replay), backend)
+            look_seconds = None
             if looks(setup.settings, setup.request, len(setup.data.train.paths), replay=stored_plan is not None):
+                looked = time.monotonic()
                 with meter.phase("look"), memory_ends("looking for the split", guard):
                     setup = decide(setup, backend, listener)
+                look_seconds = time.monotonic() - looked
             with meter.phase("load"), memory_ends("writing the run folder", guard):
                 stored, standing = _write_start(setup, path, built)
+                standing.state.look_seconds = look_seconds
             if setup.plan.prefix is None:
                 _reserve(backend, setup, guard)
         except BaseException as error:

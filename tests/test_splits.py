@@ -222,7 +222,10 @@ def test_a_run_looks_where_it_was_asked_to_and_it_pays(
     finetune(images, tmp_path / "run", witness, **({"steps": None, "epochs": 3, "method": "alast"} | changes))
     report = read_report(tmp_path / "run")
     assert any(note.startswith("split: ") for note in witness.notes) == looked
-    assert ("look" in report.phases) == looked
+    assert ("look" in report.phases) == looked == (report.look_seconds is not None)
     if looked:
+        assert report.look_seconds is not None
+        assert report.total_seconds is not None
+        assert 0 < report.look_seconds < report.total_seconds
         assert report.split_block in (0, 4, 6, 8)
         assert report.predicted_phases["look"] > 0

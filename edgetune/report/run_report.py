@@ -91,6 +91,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     pictures_written_bytes: Annotated[
         Count | None, _is("decoded images kept on disk while they were needed (wear of flash), bytes")
     ] = None
+    look_seconds: Annotated[float | None, _is("looking for the split, before training")] = None
     cache_seconds: Annotated[float | None, _is("making the cache, part of train_seconds")] = None
     dropped_weights_bytes: Annotated[
         Count | None, _is("frozen weights that left memory once the cache was whole, bytes")

@@ -104,6 +104,7 @@ def _facts(report: RunReport, wide: bool) -> Iterator[tuple[str, str]]:
             + _list(
                 ("training", report.train_seconds, format_seconds),
                 ("evaluation", report.eval_seconds, format_seconds),
+                ("looking for the split", report.look_seconds, format_seconds),
                 ("in all", report.total_seconds, format_seconds),
             ),
         )
