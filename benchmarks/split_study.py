@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import split_study_data
-from prefix_cache import COLUMNS, rows_of, title
+from prefix_cache import WAYS, costs_of, title
 from prefix_cache import Task as CostTask
 from writing import machine, table
 
@@ -237,14 +237,6 @@ def _row(runs: Study, run: Asked, full: Asked) -> list[str]:
     return [run.way.name, _rate(run), f"{accuracy:.3f}", points, f"{disk / MIB:.0f}" if disk else "-"]
 
 
-# What `auto` chooses on the tasks where it freezes, and the levers on the way there.
-COST_WAYS = [
-    ("full fine-tuning", ["--method", "full"]),
-    ("nothing below block 8 trains", ["--split", "8", "--no-cache"]),
-    ("prefix cached", ["--split", "8"]),
-    ("2/3 of the tokens from the split on", ["--split", "8", "--split-tokens", "0.67"]),
-    ("2/5 of the tokens from the split on", ["--split", "8", "--split-tokens", "0.4"]),
-]
 COSTS = (
     # At 112 px its memory goes into weights and the optimizer.
     CostTask("deit_tiny_patch16_224", 5, 96),
@@ -256,7 +248,7 @@ def costs(rounds: int) -> list[str]:
     """What the levers take off time and memory, one on top of the other."""
     parts = []
     for task in COSTS:
-        parts += [f"## Cost: {title(task)}\n", table(COLUMNS, rows_of(task, rounds, COST_WAYS)) + "\n"]
+        parts += [f"## Cost: {title(task)}\n", costs_of(task, rounds, WAYS)]
     return parts
 
 

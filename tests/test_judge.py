@@ -108,6 +108,7 @@ def test_the_machine_at_hand_is_judged_as_it_is(
     ("machine", "ram_bytes", "cores", "same"),
     [
         ("aarch64", int(3.6 * GIB), 4, True),  # the kernel and firmware keep some
+        ("aarch64", 3 * GIB, 4, True),  # and a GPU some more
         ("arm64", 4 * GIB, 4, True),
         ("x86_64", 4 * GIB, 4, False),
         ("aarch64", 8 * GIB, 4, False),
