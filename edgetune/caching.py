@@ -21,7 +21,7 @@ import numpy.typing as npt
 from edgetune.backends.base import Array, Images, Labels
 from edgetune.cost import Selection
 from edgetune.data import ImageSet, flip_draw, load_batch, prefetch
-from edgetune.features import CHUNK_BYTES, FeatureKey, FeatureStore, entry_id, weights_sha256
+from edgetune.features import CHUNK_BYTES, FeatureKey, FeatureStore, LookedFeatures, entry_id, weights_sha256
 from edgetune.job import Interruption, Job
 from edgetune.planner import CachedPrefix, entry_bytes
 from edgetune.replay import smaller_batches, within_memory
@@ -289,14 +289,17 @@ def _variant(settings: RunSettings, view: int, index: int) -> str:
     return ""
 
 
-def make(job: Job, features: Features) -> None:
-    """Compute and keep what is missing, as far as there is room. What is there when it is stopped stays.
+def make(job: Job, features: Features, looked: LookedFeatures | None = None) -> None:
+    """Compute and keep what is missing, as far as there is room. What is there when it is stopped stays. What was `looked`
+    at is taken from there.
 
     Raises: Interruption, NoMemory, FeaturesOverflow.
     """
     began = time.monotonic()
     job.enter_phase("cache")
     try:
+        if looked is not None:
+            _take(job, features, looked)
         val = [part for part in (features.pruned_val, features.val) if part is not None]
         for parts, images in (([features.train], job.train_images), (val, job.val_images)):
             work = partial(_make_parts, job, features, parts, images, training=images is job.train_images)
@@ -306,6 +309,31 @@ def make(job: Job, features: Features) -> None:
     finally:
         job.state.cache_seconds += time.monotonic() - began
         job.enter_phase("train")
+
+
+def _take(job: Job, features: Features, looked: LookedFeatures) -> None:
+    """Keep what looking for the split made of training images, as this run's cache has them."""
+    prefix, train = features.prefix, features.train
+    pruned = prefix.patch_tokens < job.shape.patch_tokens
+    same = (looked.blocks, looked.precision) == (prefix.blocks, features.precision)
+    if not same or prefix.pooled or (pruned and not looked.has_class_rows):
+        return
+    missing = train.store.missing()
+    first_view = missing[missing < train.count]
+    plain = [not _variant(job.settings, 0, int(image)) for image in first_view]  # the look mirrored none
+    wanted = first_view[looked.has(first_view) & np.array(plain, np.bool_)]
+    try:
+        for start in range(0, len(wanted), job.plan.cache_batch):
+            places = wanted[start : start + job.plan.cache_batch]
+            found = looked.read(places)
+            if job.stop.is_set():
+                raise Interruption
+            if found is None or train.store.full is not None:
+                return
+            values, class_rows = found
+            train.store.add(places, job.backend.pruned(values, class_rows, prefix.patch_tokens) if pruned else values)
+    finally:
+        train.store.flush()
 
 
 def _make_parts(

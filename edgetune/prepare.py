@@ -16,6 +16,7 @@ from edgetune.data import DataFolder, Pictures, Preprocess, bundled_sample, clas
 from edgetune.enforce import by_rlimit, rehearse
 from edgetune.engines import Built, engine_of
 from edgetune.errors import DoesNotFit, UsageError
+from edgetune.features import LookedFeatures
 from edgetune.job import Listener
 from edgetune.judge import Judge, is_this_machine, judge_for, threads_for
 from edgetune.memory import MemoryMeter, limit_allocator
@@ -36,8 +37,8 @@ OVERLAPPED_DECODE_BYTES = 4 * MIB
 LEAST_PASSES = 3
 # Of what is free on the disk, the share that a cache may take.
 FREE_DISK_SHARE = 0.9
-# And that decoded images may take until the cache is made.
-PICTURES_DISK_SHARE = 0.05
+# And that may be taken by what is kept until the cache is made: decoded images, and what a look made of some.
+SCRATCH_DISK_SHARE = 0.05
 CACHE_FOLDER = "cache"
 
 
@@ -53,6 +54,8 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     request: PlanRequest
     decode_budget_bytes: int
     pictures: Pictures | None
+    scratch_folder: Path | None  # where a run may keep what it wants again; None: nowhere
+    looked: LookedFeatures | None = None
     notes: tuple[str, ...]
 
 
@@ -78,7 +81,8 @@ def prepare(
         # What this machine has left today must not change at which scale a photograph is decoded.
         left = stored_plan.cap_bytes - stored_plan.runtime_bytes
     decode_budget = max(LEAST_DECODE_BYTES, int(left * DECODE_SHARE))
-    pictures = _pictures(settings, preprocess, cache_folder(settings, run_folder))
+    scratch = _scratch_folder(settings, cache_folder(settings, run_folder))
+    pictures = None if scratch is None else Pictures(scratch, preprocess, scratch_bytes(scratch))
     with meter.phase("data"):
         data = open_folder(
             settings.data or bundled_sample(),
@@ -159,6 +163,7 @@ def prepare(
         request=request,
         decode_budget_bytes=decode_budget,
         pictures=pictures,
+        scratch_folder=scratch,
         notes=tuple(notes),
     )
 
@@ -237,17 +242,21 @@ def room_on_disk(folder: Path) -> int:
         return 0
 
 
-def _pictures(settings: RunSettings, preprocess: Preprocess, folder: Path) -> Pictures | None:
-    """Where decoded images are kept for this run; None where no more may be on the disk, or
-    whole images are needed each time.
+def _scratch_folder(settings: RunSettings, folder: Path) -> Path | None:
+    """Where what is worked out once may be kept for this run; None where no more may be on the disk, or whole images are
+    needed each time.
     """
     if settings.prefix_cache is False or settings.cache_limit_bytes is not None or settings.augment:
         return None
-    above = existing(folder)
+    return existing(folder)
+
+
+def scratch_bytes(folder: Path) -> int:
+    """What a file of that kind may take of the folder's disk."""
     try:
-        return Pictures(above, preprocess, int(PICTURES_DISK_SHARE * shutil.disk_usage(above).free))
+        return int(SCRATCH_DISK_SHARE * shutil.disk_usage(folder).free)
     except OSError:
-        return None
+        return 0
 
 
 def existing(folder: Path) -> Path:

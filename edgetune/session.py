@@ -126,7 +126,7 @@ def train_and_report(session: Session, listener: Listener) -> RunReport:
         steps_per_epoch=job.steps_per_epoch,
         cached_bytes=None if session.cache is None else session.cache.stored_bytes,
         cache_precision=None if session.cache is None else session.cache.precision,
-        pictures_written_bytes=0 if setup.pictures is None else setup.pictures.written_bytes,
+        pictures_written_bytes=sum(kept.written_bytes for kept in (setup.pictures, setup.looked) if kept is not None),
         notes=(*setup.notes, *session.standing.notes),
     )
     report = make_report(outcome)
@@ -168,13 +168,17 @@ def _cache(session: Session, job: Job, prefix: CachedPrefix) -> None:
         keep_free_bytes=_kept_free_bytes(session, folder),
     )
     features = open_features(job, place, prefix, settings.cache_precision)
+    looked = session.setup.looked
     try:
-        make(job, features)
+        make(job, features, looked)
     except FeaturesOverflow as error:
         features.remove()
         job.listener.note(f"{error}; the cache is kept as float32")
         features = open_features(job, place, prefix, "float32")
         make(job, features)
+    finally:
+        if looked is not None:
+            looked.close()
     state.cache_written_bytes += features.written_bytes
     job.features = features
     session.cache = features

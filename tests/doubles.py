@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from edgetune.backends.base import Array, Images, Labels, StepResult
+from edgetune.backends.base import Array, Images, Labels, Looked, StepResult
 from edgetune.cost import Selection
 
 
@@ -116,7 +116,10 @@ class FakeBackend:
     def set_head(self, weight: Array, bias: Array) -> None:
         raise NotImplementedError
 
-    def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
+    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[int]) -> Looked:
+        raise NotImplementedError
+
+    def pruned(self, tokens: Array, class_row: Array, leaving: int) -> Array:
         raise NotImplementedError
 
     def drop_prefix(self, blocks: int, stored: Mapping[str, Array]) -> int:

@@ -21,6 +21,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "units": {"errors"},
     "system": set(),
+    "scratch": set(),
     "allocator": {"units"},
     "process": {"system", "units"},
     "runtimes": {"system"},
@@ -38,9 +39,9 @@ ARROWS: dict[str, set[str]] = {
     "methods": {"alast", "cost", "errors", "optim", "planner"},
     "shapes": {"cost", "errors", "units"},
     # Files in and out.
-    "data": {"errors", "system", "units"},
+    "data": {"errors", "scratch", "system", "units"},
     "checkpoint": {"errors", "units"},
-    "features": {"checkpoint", "errors", "units"},
+    "features": {"checkpoint", "errors", "scratch", "units"},
     "selections": {"checkpoint", "cost", "errors"},
     "report": {"checkpoint", "data", "errors", "units"},
     "settings": {"alast", "data", "enforce", "errors", "methods", "optim", "planner"},
@@ -75,11 +76,11 @@ ARROWS: dict[str, set[str]] = {
         "backends", "checkpoint", "cost", "data", "errors", "memory", "report", "settings", "store", "system", "units", "vit",
     },
     "prepare": {
-        "cost", "data", "enforce", "engines", "errors", "job", "judge", "memory", "methods", "planner",
+        "cost", "data", "enforce", "engines", "errors", "features", "job", "judge", "memory", "methods", "planner",
         "profiles", "settings", "shapes", "system", "units", "warmup",
     },
     "splits": {
-        "backends", "cost", "data", "errors", "job", "methods", "planner", "prepare", "probes", "settings", "units",
+        "backends", "cost", "data", "errors", "features", "job", "methods", "planner", "prepare", "probes", "settings", "units",
     },
     "session": {
         "backends", "caching", "checkpoint", "cost", "data", "engines", "errors", "features", "guard", "heads", "job", "methods", "outcome", "planner", "prepare",

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 from doubles import FakeBackend, make_images
 from jobs import make_shape
-from running import Witness, finetune
+from running import Witness, finetune, losses
 from safetensors.numpy import load_file
 
 from edgetune import splits
-from edgetune.backends.base import Array, Images
+from edgetune.backends.base import Array, Images, Looked
 from edgetune.methods import METHODS, space_of
 from edgetune.planner import PlanRequest, smallest_cap_bytes
 from edgetune.report import read_report
@@ -51,9 +52,10 @@ def test_the_deepest_split_that_loses_nothing_is_taken() -> None:
     assert choose_split({4: right(0.95), 6: right(0.6), 8: right(0.5)}) == 4
 
 
-def test_the_fewest_tokens_that_do_as_well_as_all_are_kept() -> None:
+def test_the_fewest_tokens_that_cost_the_frozen_model_little_are_kept() -> None:
     assert choose_tokens({0.4: right(0.9), 0.67: right(0.9), 1.0: right(0.9)}) == 0.4
-    assert choose_tokens({0.4: right(0.6), 0.67: right(0.9), 1.0: right(0.9)}) == 0.67
+    assert choose_tokens({0.4: right(0.88), 0.67: right(0.9), 1.0: right(0.9)}) == 0.4
+    assert choose_tokens({0.4: right(0.86), 0.67: right(0.88), 1.0: right(0.9)}) == 0.67
     assert choose_tokens({0.4: right(0.5), 0.67: right(0.6), 1.0: right(0.9)}) == 1.0
 
 
@@ -83,19 +85,23 @@ class _Telling(FakeBackend):
     def __init__(self, labels: np.ndarray, signal: dict[tuple[int, int], float]) -> None:
         super().__init__(2, 4)
         self._labels, self._signal, self._seen = labels, signal, 0
-        self.ways: list[Sequence[tuple[Sequence[int], int]]] = []
 
-    def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
-        self.ways.append(ways)
+    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[int]) -> Looked:
         start = self._seen % len(self._labels)
         labels = self._labels[start : start + len(inputs)]
         self._seen += len(inputs)
-        found = []
-        for counts, blocks in ways:
-            values = np.random.default_rng([start, blocks, counts[-1]]).standard_normal((len(labels), 4))
-            values[np.arange(len(labels)), labels] += self._signal[blocks, counts[-1]]
-            found.append(values.astype(np.float32))
-        return found
+
+        def summary(block: int, tokens: int) -> Array:
+            values = np.random.default_rng([start, block, tokens]).standard_normal((len(labels), 4))
+            values[np.arange(len(labels)), labels] += self._signal[block, tokens]
+            return values.astype(np.float32)
+
+        return Looked(
+            [summary(block, 16) for block in blocks],
+            [summary(12, tokens) for tokens in leaving],
+            np.zeros((len(labels), 17, 4), np.float32),
+            np.zeros((len(labels), 17), np.float32),
+        )
 
 
 def _found(
@@ -111,7 +117,7 @@ def _found(
                 images += 4 * labels[:8, None, None, None]
             yield images
 
-    found = find(backend, make_shape(depth=12), batches, labels, lowest_split=lowest, prunes=prunes)
+    found = find(backend, make_shape(depth=12), batches, labels, lambda split: None, lowest_split=lowest, prunes=prunes)
     assert len(found.lines) == 1 + (prunes and not pixels_tell)
     return found.split_block, found.split_tokens
 
@@ -180,6 +186,54 @@ def test_a_method_that_trains_the_last_blocks_alone_goes_on_doing_so() -> None:
     found = _planned(make_request("last-k"), BADLY, prunes=True)[1]
     assert not found.embeddings_train
     assert found.split_block == 8
+
+
+@pytest.mark.parametrize(
+    ("split", "tokens", "changes", "taken"),
+    [
+        (8, 0.4, {}, 32),
+        (8, 1.0, {"cache_precision": "float32"}, 32),
+        (6, 0.4, {"cache_precision": "float32"}, 32),
+        (8, 0.4, {"hflip": 0.5, "augment_views": 2}, None),  # but not those that are mirrored
+        (8, 0.4, {"cache_limit_bytes": 10**9}, 0),
+    ],
+)
+def test_the_cache_takes_what_the_look_made_and_holds_what_it_would_have_computed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    split: int,
+    tokens: float,
+    changes: dict[str, Any],
+    taken: int | None,
+) -> None:
+    pytest.importorskip("torch")
+    from edgetune.backends.pytorch import TorchBackend
+
+    images = make_images(tmp_path / "images", {"ant": 20, "bee": 20})  # 32 are trained on
+    common = {"steps": None, "epochs": 3, "method": "alast", "seed": 1} | changes
+    monkeypatch.setattr(splits, "loses_nothing", lambda *_correct: True)
+    monkeypatch.setattr(splits, "choose_split", lambda _told: split)
+    monkeypatch.setattr(splits, "choose_tokens", lambda _told: tokens)
+    computed, features = [], TorchBackend.features
+    monkeypatch.setattr(
+        TorchBackend,
+        "features",
+        lambda self, inputs, *rest, **more: computed.append(len(inputs)) or features(self, inputs, *rest, **more),
+    )
+    finetune(images, tmp_path / "found", **common, split="auto")
+    found = sum(computed)
+    computed.clear()
+    finetune(images, tmp_path / "named", **common, split_block=split, split_tokens=tokens)
+    named = sum(computed)
+    assert (named - found == taken) if taken is not None else (0 < named - found < 32)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("found", "named"))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    assert losses(tmp_path / "found") == losses(tmp_path / "named")
+    written = [read_report(tmp_path / name).pictures_written_bytes for name in ("found", "named")]
+    assert written[0] is not None
+    assert written[1] is not None
+    assert (written[0] > written[1]) == (taken != 0)
+    assert list((tmp_path / "found").rglob("*.tmp")) == []
 
 
 def test_a_run_on_a_task_that_the_model_fits_badly_trains_its_embeddings(tmp_path: Path) -> None:

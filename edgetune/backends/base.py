@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -30,6 +30,15 @@ class EvaluationResult(msgspec.Struct, frozen=True):
     """Logits (B, classes) of one batch."""
 
     logits: Any
+
+
+class Looked(NamedTuple):
+    """What `Backend.look` found, float32. A summary (B, 2 D): class token and mean patch token."""
+
+    at_blocks: list[Array]
+    at_end: list[Array]
+    tokens: Array  # (B, T, D), all that leave the deepest of the blocks
+    class_row: Array  # (B, T): the class token's attention in it; empty where no token was dropped
 
 
 class Backend(Protocol):
@@ -80,10 +89,14 @@ class Backend(Protocol):
         """Put a classifier in place: weight (classes, D), bias (classes,)."""
         ...
 
-    def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
-        """For each way, (patch tokens that enter each block, blocks): what so many blocks make of images, as float32
-        (B, 2 D), class token and mean patch token.
+    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[int]) -> Looked:
+        """What the pretrained model makes of images after each of `blocks` blocks (rising), and at its end with each of
+        `leaving` patch tokens going on from the last of these.
         """
+        ...
+
+    def pruned(self, tokens: Array, class_row: Array, leaving: int) -> Array:
+        """Of looked `tokens` (B, T, D) those that go on where `leaving` patch tokens do, as `features` would have them."""
         ...
 
     def features(self, inputs: Images, patch_tokens: Sequence[int], *, pooled: bool) -> Array:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from edgetune.artifacts.manifest import Manifest, Variant, variant_at
 from edgetune.backends.arrays import ArrayTensor
-from edgetune.backends.base import Array, Images, Labels, StepResult
+from edgetune.backends.base import Array, Images, Labels, Looked, StepResult
 from edgetune.backends.ort_runtime import inference, session_options, training_api
 from edgetune.checkpoint.tensors import open_tensors
 from edgetune.cost import Selection
@@ -238,8 +238,11 @@ class OrtBackend:
             options.add_external_initializers(names, values)
             self._given = values  # they borrow the arrays' memory, and the session theirs
 
-    def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
+    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[int]) -> Looked:
         raise UnsupportedModel("artifacts have no outputs in between to look for a split at: name one with --split.")
+
+    def pruned(self, tokens: Array, class_row: Array, leaving: int) -> Array:
+        raise NotImplementedError  # of what was looked at
 
     def drop_prefix(self, blocks: int, stored: Mapping[str, Array]) -> int:
         if self._prefix is None:

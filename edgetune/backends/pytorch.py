@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgetune.backends.base import Array, Images, Labels, StepResult
+from edgetune.backends.base import Array, Images, Labels, Looked, StepResult
 from edgetune.cost import Recompute, Selection
 from edgetune.errors import UnsupportedModel
 from edgetune.optim import Optimizer, OptimizerSettings, named_state
 from edgetune.regions import region_of, trains
 from edgetune.vit.half import store_half
-from edgetune.vit.loop import apply_selection, forward, prefix, prefix_whole_and_pruned, summaries
+from edgetune.vit.loop import apply_selection, forward, keep_tokens, look, prefix, prefix_whole_and_pruned
 from edgetune.vit.plain import AnyViT, Architecture, build
 
 
@@ -201,11 +201,23 @@ class TorchBackend:
         with torch.inference_mode():
             yield
 
-    def summaries(self, inputs: Images, ways: Sequence[tuple[Sequence[int], int]]) -> list[Array]:
+    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[int]) -> Looked:
         self._selected = None
         self.model.eval()
         with torch.inference_mode():
-            return [found.numpy() for found in summaries(self.model, torch.from_numpy(inputs), ways)]
+            found = look(self.model, torch.from_numpy(inputs), blocks, leaving)
+        return Looked(
+            [part.numpy() for part in found.at_blocks],
+            [part.numpy() for part in found.at_end],
+            found.tokens.numpy(),
+            found.class_row.numpy(),
+        )
+
+    def pruned(self, tokens: Array, class_row: Array, leaving: int) -> Array:
+        given = (torch.from_numpy(tokens), torch.from_numpy(class_row))
+        with torch.inference_mode():
+            kept: Array = keep_tokens(*given, leaving, self.model.num_prefix_tokens).numpy()
+        return kept
 
     def drop_prefix(self, blocks: int, stored: Mapping[str, Array]) -> int:
         dropped = 0

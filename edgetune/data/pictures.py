@@ -1,23 +1,21 @@
 """Pictures as the model's preprocessing leaves them, on disk for this process alone: what the scan decodes is decoded once.
 
 To decode and resize a photograph takes longer than a small model's frozen blocks do; to read 150 KB takes next to nothing.
-The file has no name, so that nothing of it is left, however the process ends. What finds no room is decoded again.
+What finds no room is decoded again.
 """
 
 from __future__ import annotations
 
-import tempfile
 import threading
-import weakref
 from array import array
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from edgetune.data.preprocess import Preprocess
+from edgetune.scratch import Scratch
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3)
 
@@ -30,57 +28,32 @@ class Pictures:
     def __init__(self, folder: Path, preprocess: Preprocess, limit_bytes: int) -> None:
         """`folder` exists and is on the disk that is to hold them; no more than `limit_bytes` are written."""
         self._shape = (preprocess.height_px, preprocess.width_px, 3)
-        self._bytes = preprocess.height_px * preprocess.width_px * 3
-        self._room = limit_bytes // self._bytes
-        self._slots = array("i")  # of each image, its place in the file
-        self._count = 0
+        self._records = Scratch(folder, preprocess.height_px * preprocess.width_px * 3, limit_bytes)
+        self._numbers = array("i")  # of each image, that of its record
         self._lock = threading.Lock()
-        self._file: BinaryIO | None = None
-        if self._room > 0:
-            try:
-                self._file = cast("BinaryIO", tempfile.TemporaryFile(dir=folder, buffering=0))  # noqa: SIM115 - as long as this lives
-            except OSError:
-                return
-            self._closed = weakref.finalize(self, self._file.close)
 
     @property
     def written_bytes(self) -> int:
-        return self._count * self._bytes
+        return self._records.written_bytes
 
     def get(self, image: int) -> Pixels | None:
         with self._lock:
-            if self._file is None or image >= len(self._slots) or self._slots[image] == _ABSENT:
+            if image >= len(self._numbers) or self._numbers[image] == _ABSENT:
                 return None
             pixels = np.empty(self._shape, np.uint8)
-            try:
-                self._file.seek(self._slots[image] * self._bytes)
-                whole = self._file.readinto(pixels.data) == self._bytes  # type: ignore[attr-defined]
-            except OSError:
-                whole = False
-            return pixels if whole else None
+            return pixels if self._records.read(self._numbers[image], pixels.reshape(-1)) else None
 
     def put(self, image: int, pixels: Image.Image) -> None:
         """`pixels`: as `resize_and_crop` makes them."""
         with self._lock:
-            if self._file is None or self._count >= self._room:
+            self._numbers.extend([_ABSENT] * (image + 1 - len(self._numbers)))
+            if self._numbers[image] != _ABSENT:
                 return
-            self._slots.extend([_ABSENT] * (image + 1 - len(self._slots)))
-            if self._slots[image] != _ABSENT:
-                return
-            try:
-                self._file.seek(self._count * self._bytes)
-                whole = self._file.write(pixels.tobytes()) == self._bytes
-            except OSError:  # a full disk: what is there stays
-                whole = False
-            if not whole:
-                self._room = self._count
-                return
-            self._slots[image] = self._count
-            self._count += 1
+            number = self._records.add(pixels.tobytes())
+            if number is not None:
+                self._numbers[image] = number
 
     def close(self) -> None:
         """Give the disk back. What is asked for from now on is not here."""
         with self._lock:
-            if self._file is not None:
-                self._closed()
-                self._file = None
+            self._records.close()

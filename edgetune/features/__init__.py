@@ -6,6 +6,7 @@ numpy and files only: this room knows neither the model nor the data set, just a
 from edgetune.errors import FeaturesDamaged, FeaturesOverflow
 from edgetune.features.chunks import CHUNK_BYTES
 from edgetune.features.keys import FORMAT_VERSION, FeatureKey, entry_id, weights_sha256
+from edgetune.features.looked import LookedFeatures
 from edgetune.features.store import FeatureStore
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FeatureStore",
     "FeaturesDamaged",
     "FeaturesOverflow",
+    "LookedFeatures",
     "entry_id",
     "weights_sha256",
 ]

@@ -89,7 +89,8 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     cache_written_bytes: Annotated[Count | None, _is("of it, written by this run (wear of flash), bytes")] = None
     cache_precision: Annotated[str | None, _is("float16 or float32")] = None
     pictures_written_bytes: Annotated[
-        Count | None, _is("decoded images kept on disk while they were needed (wear of flash), bytes")
+        Count | None,
+        _is("decoded images, and what a look made of some, kept on disk while they were needed (wear of flash), bytes"),
     ] = None
     look_seconds: Annotated[float | None, _is("looking for the split, before training")] = None
     cache_seconds: Annotated[float | None, _is("making the cache, part of train_seconds")] = None

@@ -7,7 +7,7 @@ to the last bit (tests hold ten families to it). What overrides the parts this l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -101,37 +101,45 @@ def prefix_whole_and_pruned(model: AnyViT, images: Tensor, blocks: int, leaving:
         return tokens, keep_tokens(tokens, class_row, leaving, model.num_prefix_tokens)
 
 
-def summaries(model: AnyViT, images: Tensor, ways: Sequence[tuple[Sequence[int], int]]) -> list[Tensor]:
-    """What the lowest blocks put out in each of several ways, (B, 2 D): the class token (or nothing) and the mean of the
-    patch tokens.
-
-    A way is (patch tokens that enter each block, blocks) as `prefix` takes them. What two ways have in common is
-    computed once.
+class Looked(NamedTuple):
+    """What a pretrained model makes of images (B), in a few ways at once. A summary (B, 2 D): the class token (or nothing)
+    and the mean of the patch tokens.
     """
+
+    at_blocks: list[Tensor]  # summaries of what leaves each block that was asked for
+    at_end: list[Tensor]  # and of what leaves the last block of the model, for each number of tokens
+    tokens: Tensor  # (B, P + N, D) that leave the deepest of those blocks
+    class_row: Tensor  # (B, P + N): the class token's attention in it; empty where no token was dropped
+
+
+def look(model: AnyViT, images: Tensor, blocks: Sequence[int], leaving: Sequence[int]) -> Looked:
+    """`blocks`: after how many blocks to look, rising. `leaving`: how many patch tokens go on to the end from the last of them."""
+
+    def summary(tokens: Tensor) -> Tensor:
+        patches = tokens[:, model.num_prefix_tokens :].mean(dim=1)
+        return torch.cat((tokens[:, 0], patches), dim=1) if model.num_prefix_tokens else patches
+
     with torch.no_grad():
-        made: dict[tuple[int, ...], Tensor] = {(model.patch_embed.num_patches,): embed(model, images)}
-        found = []
-        for number, (counts, blocks) in enumerate(ways):
-            wanted = tuple(counts[: blocks + 1])
-            later = {_common(wanted, tuple(other[: deep + 1])) for other, deep in ways[number + 1 :]}
-            done = max(length for length in range(1, len(wanted) + 1) if wanted[:length] in made)
-            tokens = made[wanted[:done]]
-            for index in range(done - 1, blocks):
-                leaving = wanted[index + 1]
-                tokens = run_block(model.blocks[index], tokens, leaving, model.num_prefix_tokens, Recompute.NOTHING)
-                if index + 2 in later:
-                    made[wanted[: index + 2]] = tokens
-            patches = tokens[:, model.num_prefix_tokens :].mean(dim=1)
-            found.append(torch.cat((tokens[:, 0], patches), dim=1) if model.num_prefix_tokens else patches)
-        return found
-
-
-def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many counts two ways have in common from the start."""
-    length = 0
-    while length < min(len(one), len(other)) and one[length] == other[length]:
-        length += 1
-    return length
+        tokens, class_row, at_blocks = embed(model, images), images.new_empty(0), []
+        pruned = any(count < tokens.shape[1] - model.num_prefix_tokens for count in leaving)
+        if blocks[0] == 0:
+            at_blocks.append(summary(tokens))
+        for done, block in enumerate(model.blocks[: blocks[-1]], start=1):
+            if done == blocks[-1] and pruned:
+                tokens, class_row = _with_class_row(block, tokens, Recompute.NOTHING)
+            else:
+                tokens = run_recomputed(block, tokens, Recompute.NOTHING)
+            if done in blocks:
+                at_blocks.append(summary(tokens))
+        at_end = []
+        for count in leaving:
+            left = tokens
+            if count < tokens.shape[1] - model.num_prefix_tokens:
+                left = keep_tokens(tokens, class_row, count, model.num_prefix_tokens)
+            for block in model.blocks[blocks[-1] :]:
+                left = run_recomputed(block, left, Recompute.NOTHING)
+            at_end.append(summary(left))
+        return Looked(at_blocks, at_end, tokens, class_row)
 
 
 def forward(

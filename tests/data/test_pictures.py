@@ -57,19 +57,6 @@ def test_a_folder_that_can_not_be_written_to_holds_none(tmp_path: Path) -> None:
     pictures.close()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full is asked for")
-def test_a_disk_that_fills_up_keeps_what_is_there(tmp_path: Path) -> None:
-    pictures = Pictures(tmp_path, PREPROCESS, 100 * EACH)
-    pictures.put(0, picture(0))
-    kept = pictures._file
-    with Path("/dev/full").open("wb", buffering=0) as full:
-        pictures._file = full
-        pictures.put(1, picture(1))
-    pictures._file = kept
-    pictures.put(2, picture(2))
-    assert [pictures.get(number) is not None for number in range(3)] == [True, False, False]
-
-
 def test_once_closed_all_is_decoded_again(tmp_path: Path) -> None:
     pictures = Pictures(tmp_path, PREPROCESS, 100 * EACH)
     pictures.put(0, picture(0))

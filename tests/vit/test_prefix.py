@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from edgetune.cost import Selection
-from edgetune.vit.loop import apply_selection, forward, prefix, prefix_whole_and_pruned
+from edgetune.vit.loop import apply_selection, forward, keep_tokens, look, prefix, prefix_whole_and_pruned
 
 FAMILIES = list(zoo.ALL)
 
@@ -95,6 +95,31 @@ def test_one_pass_gives_what_two_give_on_all_tokens_and_on_fewer(family: str, bl
     whole, pruned = prefix_whole_and_pruned(model, images, blocks, patches // 2)
     assert torch.equal(whole, prefix(model, images, (patches,) * (blocks + 1), pooled=False))
     assert torch.equal(pruned, prefix(model, images, (*(patches,) * blocks, patches // 2), pooled=False))
+
+
+@pytest.mark.parametrize("family", ["deit_tiny", "dinov2 with registers", "siglip"])
+def test_a_look_sees_what_the_prefix_and_the_rest_of_the_model_make_of_images(family: str) -> None:
+    model = zoo.build(family).eval()
+    images, patches, depth = zoo.images(model, batch=3), model.patch_embed.num_patches, zoo.depth(model)
+    counts = [patches // 2, patches] if family != "siglip" else [patches]
+    found = look(model, images, [1, 2], counts)
+
+    def summary(blocks: int, leaving: int) -> Tensor:
+        """Of what goes on from block 2."""
+        tokens = prefix(model, images, ((patches,) * 3 + (leaving,) * depth)[: blocks + 1], pooled=False)
+        mean = tokens[:, model.num_prefix_tokens :].mean(dim=1)
+        return torch.cat((tokens[:, 0], mean), dim=1) if model.num_prefix_tokens else mean
+
+    assert all(torch.equal(seen, summary(block, patches)) for block, seen in zip([1, 2], found.at_blocks, strict=True))
+    pruned = prefix(model, images, (patches, patches, counts[0]), pooled=False)
+    assert torch.equal(found.tokens, prefix(model, images, (patches,) * 3, pooled=False))
+    if len(counts) > 1:
+        assert torch.equal(keep_tokens(found.tokens, found.class_row, counts[0], model.num_prefix_tokens), pruned)
+    assert torch.equal(found.at_end[-1], summary(depth, patches))
+    at_end = pruned
+    for block in model.blocks[2:]:
+        at_end = block(at_end)
+    assert torch.allclose(found.at_end[0][:, -model.embed_dim :], at_end[:, model.num_prefix_tokens :].mean(dim=1))
 
 
 @pytest.mark.parametrize("family", ["deit_tiny", "deit3_small", "dinov2 with registers", "siglip"])
