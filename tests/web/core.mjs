@@ -117,6 +117,21 @@ const jobs = {
     }
   },
 
+  // Parameters read and loaded: what the module put on its stack, and what it freed.
+  async frees({ artifacts, ort, variant }) {
+    const found = { on_stack: [], freed: [] };
+    globalThis.onStack = (place) => found.on_stack.push(place);
+    globalThis.freed = (place) => found.freed.push(place);
+    const { runtime, manifest, files, budget } = await opened(artifacts, ort);
+    const { openTraining } = await load("session.js");
+    const { variantNamed } = await load("manifest.js");
+    const schedule = { peakRate: 1e-3, warmupSteps: 0, totalSteps: 10 };
+    const given = { optimizer: "sgd", schedule, budget };
+    const session = await openTraining(runtime, files, manifest, variantNamed(manifest, variant), given);
+    await session.setParameters(await session.parameters());
+    return found;
+  },
+
   // Errors in words: the message of each thing that goes wrong.
   async errors({ artifacts, ort, cases, cap_mib: cap }) {
     const { runtime, manifest, files, budget } = await opened(artifacts, ort, cap);
@@ -155,6 +170,25 @@ const jobs = {
   },
 };
 
+// As the page's runtime.js has it. What the module frees is told to `globalThis.freed`, where that is a function.
+function wasmPaths(ortWeb) {
+  const at = (...parts) => JSON.stringify(pathToFileURL(path.join(...parts)).href);
+  const name = "ort-training-wasm-simd-threaded";
+  const text = `
+    import factory from ${at(ortWeb, `${name}.mjs`)};
+    import { keepingTheStack } from ${at(core, "heap.js")};
+    const watched = async (options) => {
+      const module = await factory(options);
+      module._free(module._malloc(8));
+      const { _free: free, stackAlloc } = module;
+      module.stackAlloc = (size) => { const place = stackAlloc(size); globalThis.onStack?.(place); return place; };
+      module._free = (place) => { globalThis.freed?.(place); free(place); };
+      return module;
+    };
+    export default keepingTheStack(watched);`;
+  return { mjs: `data:text/javascript,${encodeURIComponent(text)}`, wasm: path.join(ortWeb, `${name}.wasm`) };
+}
+
 async function opened(artifacts, ortWeb, capMib) {
   const { Budget, capRuntimeMemory } = await load("memory.js");
   const { checkedFile, readManifest } = await load("manifest.js");
@@ -162,7 +196,7 @@ async function opened(artifacts, ortWeb, capMib) {
   capRuntimeMemory(budget);
   const runtime = await import(pathToFileURL(path.join(ortWeb, "ort.training.wasm.min.mjs")).href);
   runtime.env.wasm.numThreads = 1;
-  runtime.env.wasm.wasmPaths = ortWeb + path.sep;
+  runtime.env.wasm.wasmPaths = wasmPaths(ortWeb);
   const manifest = readManifest(fs.readFileSync(path.join(artifacts, "manifest.json"), "utf8"));
   const read = async (name) => new Uint8Array(fs.readFileSync(path.join(artifacts, name)));
   return { runtime, manifest, budget, files: (name) => checkedFile(manifest, name, read) };

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,35 @@ def test_a_tab_that_comes_back_goes_on_and_ends_with_the_same_bits(
     assert one == other
     assert "step 120 of 120" in found[9]["kept"]
     assert found[11]["kept"] is None
+
+
+@pytest.mark.slow
+def test_a_model_of_millions_of_parameters_is_stopped_brought_back_gone_on_with_and_predicts(
+    browser: Any, ort_web: Path, tmp_path: Path
+) -> None:
+    """What small models survive: the runtime frees what it has on its stack, when parameters are read or loaded."""
+    command = [sys.executable, "-m", "edgetune", "export", "--model", "deit_tiny_patch16_224", "--no-pretrained"]
+    command += ["--classes", "3", "--device", "android-4gb", "--split", "8", "--no-verify", "--ort-web", str(ort_web)]
+    subprocess.run([*command, "--web", str(tmp_path / "page")], check=True, capture_output=True)
+    classes = make_pictures(tmp_path, 4)
+    found = browser(
+        tmp_path / "page",
+        {"act": "open"},
+        {"act": "pictures", "classes": classes},
+        {"act": "settings", "variant": "upper-4", "optimizer": "sgd", "rate": 0.01, "epochs": 5, "batch": 4},
+        {"act": "train", "stop_at": 3},
+        {"act": "go_on"},
+        {"act": "guess", "file": classes[0]["files"][0]},
+        {"act": "open"},
+        {"act": "bring_back"},
+        {"act": "guess", "file": classes[1]["files"][0]},
+        {"act": "download", "button": "#download", "to": tmp_path / "parameters.bin"},
+    )
+    assert found[3]["phase"].startswith("Stopped after step")
+    assert found[4]["phase"] == "Trained"
+    assert [found[place]["notice"] for place in (3, 4, 5, 8)] == [None] * 4
+    assert len(found[8]["shares"]) == 2
+    import_parameters(tmp_path / "parameters.bin", tmp_path / "page", tmp_path / "model", "upper-4")
 
 
 def test_what_goes_wrong_is_said_and_the_page_goes_on(browser: Any, page_folder: Path, tmp_path: Path) -> None:

@@ -229,6 +229,14 @@ def test_a_loop_that_is_gone_on_with_ends_with_the_same_bits(
     assert (tmp_path / "whole").read_bytes() == (tmp_path / "parts").read_bytes()
 
 
+def test_nothing_is_freed_that_is_on_the_runtimes_stack(core: Any, ort_web: Path, artifacts: Path) -> None:
+    """As the runtime itself does when parameters are read or loaded, which damages its heap."""
+    found = core("frees", artifacts=artifacts, ort=ort_web, variant="head")
+    assert len(found["on_stack"]) > 0
+    assert len(found["freed"]) > 0
+    assert not set(found["on_stack"]) & set(found["freed"])
+
+
 def test_a_rate_at_which_it_diverges_ends_in_words(core: Any, ort_web: Path, artifacts: Path, tmp_path: Path) -> None:
     found = looped(core, ort_web, artifacts, tmp_path, "out", settings={"rate": 1e30, "epochs": 9})
     assert "the training diverged. Try a lower learning rate" in found["failed"]

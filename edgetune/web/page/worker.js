@@ -42,7 +42,10 @@ async function runtime() {
       { fatal: true },
     );
   }
-  loaded.env.wasm.wasmPaths = new URL("ort/", ROOT).href;
+  loaded.env.wasm.wasmPaths = {
+    mjs: new URL("runtime.js", ROOT).href,
+    wasm: new URL("ort/ort-training-wasm-simd-threaded.wasm", ROOT).href,
+  };
   loaded.env.wasm.numThreads = threads();
   ort = loaded;
   return ort;
