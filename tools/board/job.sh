@@ -1,5 +1,5 @@
 #!/bin/sh
-# What the board does, as root on it. settings.sh says PROFILE, STEPS and BATCH. Everything it leaves is judged by check.py.
+# What the board does, as root on it. settings.sh says PROFILE, STEPS, BATCH and TOO_LARGE. Everything it leaves is judged by check.py.
 . /mnt/settings.sh
 export OMP_WAIT_POLICY=PASSIVE EDGETUNE_CACHE_DIR=/mnt/cache EDGETUNE_CONFIG_DIR=/mnt/config
 out=/mnt/out
@@ -61,8 +61,8 @@ cp /mnt/run/report.json /mnt/run/metrics.csv $out/ 2> /dev/null
 
 # A step that is larger than the board, with no lever to make it smaller: killed by the kernel where nothing looks after it;
 # where the board is promised 4 GiB, stopped by edgetune's watch over what is left, or killed; refused under its own cap.
-whole="--method full -b 64 --grad-accum-steps 1 --recompute none --embeddings train --steps 2"
-AFTER_STEP='' watched killed python3 /mnt/unguarded.py
+whole="--method full -b $TOO_LARGE --grad-accum-steps 1 --recompute none --embeddings train --steps 2"
+AFTER_STEP='' watched killed python3 /mnt/unguarded.py $TOO_LARGE
 AFTER_STEP='' watched promised $edgetune finetune $task $whole --ram-cap 4GiB --enforce none --output /mnt/promised
 AFTER_STEP='' watched refused $edgetune finetune $task $whole --output /mnt/refused
 exit 0

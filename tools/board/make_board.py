@@ -32,7 +32,10 @@ PROGRAMS = {
     "debugfs": "e2fsprogs",
 }  # fmt: skip
 # Of the bundled images, so many a class: emulated decoding is slow.
-TRAIN_EACH, VAL_EACH = 8, 2
+TRAIN_EACH, VAL_EACH, CLASSES = 8, 2, 10
+# What a step of LARGE_BATCH on all of the bundled model takes beside the runtime, at least: a board with more memory is given
+# several times as many images, so that no board can do it.
+LARGE_BATCH, LARGE_MIB, RUNTIME_MIB = 64, 320, 250
 
 
 def main() -> int:
@@ -92,13 +95,14 @@ def _job(job: Path, asked: argparse.Namespace) -> None:
     for name in ("job.sh", "anonymous.py", "unguarded.py"):
         shutil.copy(HERE / name, job)
     shutil.copy(ROOT / "benchmarks" / "startup.py", job)
-    settings = {"PROFILE": asked.profile, "STEPS": asked.steps, "BATCH": asked.batch}
+    too_large = LARGE_BATCH * max(1, -(-(asked.mem - RUNTIME_MIB) // LARGE_MIB))
+    settings = {"PROFILE": asked.profile, "STEPS": asked.steps, "BATCH": asked.batch, "TOO_LARGE": too_large}
     (job / "settings.sh").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
     taken: dict[str, int] = {}
     with zipfile.ZipFile(ROOT / "edgetune" / "assets" / "digits.zip") as archive:
         for name in archive.namelist():
             folder = str(Path(name).parent)
-            most = TRAIN_EACH if "train" in folder else VAL_EACH
+            most = max(TRAIN_EACH, -(-too_large // CLASSES)) if "train" in folder else VAL_EACH
             if name.endswith(".png") and taken.setdefault(folder, 0) < most:
                 taken[folder] += 1
                 archive.extract(name, job / "images")

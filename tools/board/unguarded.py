@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 
 from edgetune.backends.pytorch import TorchBackend, without_onednn
@@ -9,20 +11,18 @@ from edgetune.cost import all_tokens_kept
 from edgetune.optim import OptimizerSettings
 from edgetune.vit.models import ModelSource, describe, load_model
 
-BATCH = 64
 
-
-def main() -> None:
+def main(batch: int) -> None:
     without_onednn()
     source = ModelSource(name="edgetune_micro")
     shape, preprocess = describe(source, 10)
     backend = TorchBackend(load_model(source, 10).model, OptimizerSettings())
-    images = np.zeros((BATCH, 3, preprocess.height_px, preprocess.width_px), np.float32)
+    images = np.zeros((batch, 3, preprocess.height_px, preprocess.width_px), np.float32)
     backend.step(
-        [(images, np.zeros(BATCH, np.int64))],
+        [(images, np.zeros(batch, np.int64))],
         all_tokens_kept(shape, (True,) * shape.depth, embeddings_train=True),
-        images=BATCH,
-        weight_sum=float(BATCH),
+        images=batch,
+        weight_sum=float(batch),
         learning_rate=1e-4,
         seed=0,
         with_deltas=False,
@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))
