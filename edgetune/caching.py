@@ -225,6 +225,7 @@ def open_features(job: Job, place: Place, prefix: CachedPrefix, precision: Preci
             architecture=place.architecture,
             split_block=prefix.blocks,
             tokens=patch_tokens,
+            token_score=job.plan.token_score if patch_tokens[-1] < all_tokens else "attention",
             pooled=prefix.pooled,
             preprocess=dict(place.preprocess),
             precision=precision,
@@ -315,8 +316,9 @@ def _take(job: Job, features: Features, looked: LookedFeatures) -> None:
     """Keep what looking for the split made of training images, as this run's cache has them."""
     prefix, train = features.prefix, features.train
     pruned = prefix.patch_tokens < job.shape.patch_tokens
+    score = job.plan.token_score
     same = (looked.blocks, looked.precision) == (prefix.blocks, features.precision)
-    if not same or prefix.pooled or (pruned and not looked.has_class_rows):
+    if not same or prefix.pooled or (pruned and score not in looked.scores):
         return
     missing = train.store.missing()
     first_view = missing[missing < train.count]
@@ -330,8 +332,10 @@ def _take(job: Job, features: Features, looked: LookedFeatures) -> None:
                 raise Interruption
             if found is None or train.store.full is not None:
                 return
-            values, class_rows = found
-            train.store.add(places, job.backend.pruned(values, class_rows, prefix.patch_tokens) if pruned else values)
+            values, scores = found
+            train.store.add(
+                places, job.backend.pruned(values, scores[score], prefix.patch_tokens) if pruned else values
+            )
     finally:
         train.store.flush()
 

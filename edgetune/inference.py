@@ -52,7 +52,8 @@ def load_run(folder: Path, *, threads: int | None = None) -> LoadedRun:
         raise BackendUnavailable(f"this needs torch and timm ({error}): pip install 'edgetune[torch]'") from error
     torch.set_num_threads(threads or system.usable_cores())
     model = load_saved(folder, folder / MODEL_FILE, classes=len(stored.classes))
-    tokens = read_evaluation_tokens(folder)
+    found = read_evaluation_tokens(folder)
+    tokens, score = found or (None, None)
     if tokens is not None and (len(tokens) != len(model.blocks) or tokens[0] != model.patch_embed.num_patches):
         raise RunFolderError(f"{folder}/config.json is damaged: it names tokens of another model.")
 
@@ -61,7 +62,7 @@ def load_run(folder: Path, *, threads: int | None = None) -> LoadedRun:
             if tokens is None:
                 return model(torch.from_numpy(inputs)).numpy()
             selection = Selection((False,) * len(tokens), tokens)
-            return forward(model, torch.from_numpy(inputs), selection)[0].numpy()
+            return forward(model, torch.from_numpy(inputs), selection, score=score or "attention")[0].numpy()
 
     return LoadedRun(folder, stored.classes, stored.preprocess, stored, logits)
 

@@ -85,6 +85,7 @@ def make_report(outcome: Outcome) -> RunReport:
         train_images=len(data.train.paths),
         val_images=len(data.val.paths),
         bad_images=data.bad,
+        token_score=plan.token_score,
         evaluation_tokens=None
         if best is None
         else state.evaluation_tokens[-1]

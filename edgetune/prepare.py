@@ -131,6 +131,7 @@ def prepare(
         peak_flops_per_s=profile.peak_flops_per_s,
         memory_bandwidth_bytes_per_s=profile.memory_bandwidth_bytes_per_s,
         split_tokens=settings.split_tokens,
+        token_score=stored_plan.token_score if stored_plan is not None else settings.token_score or "attention",
         fits_head=settings.fits_head,
         by_limit=by_rlimit(settings.enforce, simulated=judge.simulated),
     )
@@ -328,6 +329,7 @@ def settings_of_plan(settings: RunSettings, plan: Plan) -> RunSettings:
         token_floor=None,
         token_ceiling=None,
         split_tokens=None,
+        token_score=None,
         embeddings="auto",
         recompute="auto",
         updates_in_backward=None,

@@ -203,6 +203,7 @@ def settings_of_replay(run: Path, own: RunSettings) -> RunSettings:
         accumulation=None,
         token_floor=None,
         token_ceiling=None,
+        token_score=plan.token_score,
         recompute="auto",
         updates_in_backward=None,
         half_frozen=False,

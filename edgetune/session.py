@@ -85,7 +85,7 @@ class Session:
 
     def save_model(self, evaluation_tokens: tuple[int, ...] | None = None) -> None:
         with self.guard.meter.phase("save"):
-            write_model(self.path, self.backend, evaluation_tokens)
+            write_model(self.path, self.backend, evaluation_tokens, self.setup.plan.token_score)
 
     def follow(self, plan: Plan, job: Job) -> None:
         """From now on this plan holds, also for the run that is resumed if the next thing to happen is a kill."""
@@ -105,6 +105,7 @@ def train_and_report(session: Session, listener: Listener) -> RunReport:
     Raises: CapExceeded, Interrupted and other EdgetuneErrors, each with the report.
     """
     path, setup, state, guard = session.path, session.setup, session.state, session.guard
+    session.backend.use_token_score(setup.plan.token_score)
     job = _job(session, LoggedListener(listener, path / METRICS_FILE, state))
     stopped, error = _train(session, job)
     if state.best is None:

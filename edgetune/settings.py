@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
 from edgetune.alast import AlastSettings
+from edgetune.cost import TokenScore
 from edgetune.data import Preprocess
 from edgetune.enforce import EnforceKind
 from edgetune.errors import UsageError
@@ -50,6 +51,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     token_floor: float | None = None
     token_ceiling: float | None = None
     split_tokens: float | None = None
+    token_score: TokenScore | None = None  # by which tokens are dropped; None: as the look finds, else "attention"
     head_first: bool | None = None  # None: as the method has it
     prefix_cache: bool | None = None  # None: where it pays
     cache_dir: str | None = None  # None: the run folder's own
@@ -139,6 +141,10 @@ def check(settings: RunSettings) -> None:
         raise UsageError(
             f"--split-tokens: --method {settings.method} has no split to drop tokens at. Try last-k or alast."
         )
+    if settings.token_score not in (None, *get_args(TokenScore)):
+        raise UsageError(f"--token-score must be attention or distance, not {settings.token_score!r}.")
+    if settings.token_score is not None and settings.method in ("full", "head"):
+        raise UsageError(f"--token-score: --method {settings.method} drops no tokens. Try alast.")
     if settings.prefix_cache is False and settings.cache_dir is not None:
         raise UsageError("--cache and --no-cache contradict each other: leave one of them out.")
     if settings.augment_views is not None and not (settings.augment or settings.hflip):
@@ -181,6 +187,11 @@ def _check_backend(settings: RunSettings) -> None:
         if settings.artifacts is not None:
             raise UsageError("--artifacts is what --backend ort trains from: give both, or neither.")
         return
+    if settings.token_score == "distance":
+        raise UsageError(
+            "--backend ort: artifacts drop tokens by attention. Leave --token-score distance out; a run that dropped them so "
+            "can't be replayed here."
+        )
     if settings.artifacts is None:
         raise UsageError("--backend ort trains from a folder that `edgetune export` wrote: name it with --artifacts.")
     settled = {

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgetune.backends.base import Backend, Images
-from edgetune.cost import FLOAT_BYTES, ViTShape, evaluation_peak_bytes, input_bytes
+from edgetune.cost import FLOAT_BYTES, TokenScore, ViTShape, evaluation_peak_bytes, input_bytes
 from edgetune.data import balanced_sample, load_batch, prefetch
 from edgetune.errors import DoesNotFit
 from edgetune.features import LookedFeatures
@@ -40,13 +40,18 @@ MOST_IMAGES = 384
 CANDIDATES = (1 / 3, 1 / 2, 2 / 3)
 # Of the patch tokens: what may be kept at the split.
 TOKEN_SHARES = (0.4, 0.67)
+SCORES: tuple[TokenScore, ...] = ("attention", "distance")
 # A loss of so little is none: a few images of the sample.
 TOLERATED_LOSS = 0.01
-# The frozen model's end loses more by dropped tokens than a trained one: the blocks above learn to do without. On solar cells
-# it lost 2 to 3 points with 2/5 of them, and what was trained on those none (benchmarks/split_study.md).
-TOLERATED_TOKEN_LOSS = 0.03
 # Sides of the images whose pixels are told apart, at most.
 LOOKED_PX = 32
+
+
+class Way(NamedTuple):
+    """How tokens may be dropped at the split."""
+
+    score: TokenScore
+    share: float  # of the patch tokens, that go on
 
 
 class Found(NamedTuple):
@@ -55,8 +60,12 @@ class Found(NamedTuple):
     split_block: int
     split_tokens: float
     lines: tuple[str, ...]
+    token_score: TokenScore = "attention"
     looked: LookedFeatures | None = None  # what was put through the blocks below on the way
     fits: bool = True  # whether the pretrained blocks have what the task needs
+
+
+ALL = Way("attention", 1.0)
 
 
 def candidate_splits(depth: int) -> tuple[int, ...]:
@@ -66,7 +75,7 @@ def candidate_splits(depth: int) -> tuple[int, ...]:
 def look_bytes(shape: ViTShape, batch: int) -> int:
     """What looking holds beside the model and a forward pass of `batch` images."""
     streams = 4 * batch * shape.all_tokens * shape.width * FLOAT_BYTES
-    ways = len(CANDIDATES) + len(TOKEN_SHARES) + 1
+    ways = len(CANDIDATES) + len(SCORES) * len(TOKEN_SHARES) + 1
     summaries = (ways + 2) * MOST_IMAGES * 2 * shape.width * FLOAT_BYTES
     pixels = 2 * MOST_IMAGES * shape.channels * LOOKED_PX**2 * FLOAT_BYTES
     return streams + max(summaries, pixels) + pixels // 2 + 5 * MOST_IMAGES**2 * 8
@@ -85,9 +94,11 @@ def choose_split(told: Mapping[int, Correct]) -> int:
     return max(block for block, correct in told.items() if loses_nothing(correct, best))
 
 
-def choose_tokens(told: Mapping[float, Correct]) -> float:
-    """The smallest share of the tokens without which little is lost (1.0 is among them)."""
-    return min(share for share, correct in told.items() if told[1.0].mean() - correct.mean() <= TOLERATED_TOKEN_LOSS)
+def choose_tokens(told: Mapping[Way, Correct], whole: Correct) -> Way | None:
+    """The smallest share of the tokens that does as well as all, by the score with which it does best; None: none does."""
+    fit = [way for way, correct in told.items() if loses_nothing(correct, whole)]
+    fewest = min((way.share for way in fit), default=None)
+    return max((way for way in fit if way.share == fewest), key=lambda way: told[way].sum(), default=None)
 
 
 def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
@@ -116,6 +127,9 @@ def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
             )[0]
             listener.progress("look for the split", min(start + size, len(chosen)), len(chosen))
 
+    prunes = settings.split_tokens is None and adaptive_obstacle(shape) is None
+    scores = SCORES if settings.token_score is None else (settings.token_score,)
+
     def kept(split: int) -> LookedFeatures | None:
         if setup.scratch_folder is None or split == 0:
             return None
@@ -125,13 +139,15 @@ def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
             blocks=split,
             tokens=shape.all_tokens,
             width=shape.width,
+            scores=scores if prunes else (),
             precision=settings.cache_precision,
             limit_bytes=scratch_bytes(setup.scratch_folder) // 2,
         )
 
-    prunes = settings.split_tokens is None and adaptive_obstacle(shape) is None
     labels = np.asarray(data.train.labels, np.int64)[chosen]
-    found = find(backend, shape, batches, labels, kept, lowest_split=setup.plan.split_block, prunes=prunes)
+    found = find(
+        backend, shape, batches, labels, kept, lowest_split=setup.plan.split_block, scores=scores if prunes else ()
+    )
     for line in found.lines:
         listener.note(f"split: {line}")
     request, plan = _planned(
@@ -168,6 +184,7 @@ def _planned(
         request,
         space=msgspec.structs.replace(space, splits=splits or space.splits[-1:]),
         split_tokens=found.split_tokens if prunes else request.split_tokens,
+        token_score=found.token_score if prunes else request.token_score,
     )
     return request, make_plan(request)
 
@@ -193,21 +210,28 @@ def find(
     kept: Callable[[int], LookedFeatures | None],
     *,
     lowest_split: int,
-    prunes: bool,
+    scores: Sequence[TokenScore],
 ) -> Found:
     """`batches` gives the sampled images, in the order of `labels`, each time it is called; `kept` makes what keeps their
-    features at a split.
+    features at a split. `scores`: by which tokens may be dropped; none where they may not.
     """
     splits = [block for block in candidate_splits(shape.depth) if block >= lowest_split] or [lowest_split]
     all_tokens = shape.patch_tokens
-    shares = (*(TOKEN_SHARES if prunes and splits[-1] else ()), 1.0)
-    counts = [min(all_tokens, rounded_up(share * all_tokens)) for share in shares]
+
+    def looked_at(
+        blocks: Sequence[int], ways: Sequence[Way], keeps: LookedFeatures | None
+    ) -> tuple[npt.NDArray[np.float32], list[Correct], list[Correct]]:
+        """The pixels, and what is told right at the blocks and, in each way, at the end."""
+        counts = [(way.score, min(all_tokens, rounded_up(way.share * all_tokens))) for way in ways]
+        pixels, at_blocks, at_end = _looked_at(backend, batches, blocks, counts, keeps)
+        return pixels, [told_right(part, labels) for part in at_blocks], [told_right(part, labels) for part in at_end]
+
+    few, more = ([Way(score, share) for score in scores] if splits[-1] else [] for share in TOKEN_SHARES)
     # At the deepest candidate, which is the likeliest, the tokens are looked at in the same pass.
     looked = kept(splits[-1])
-    pixels, at_splits, at_end = _looked_at(backend, batches, splits, counts, looked)
-    by_split = {block: told_right(part, labels) for block, part in zip(splits, at_splits, strict=True)}
-    by_share = {share: told_right(part, labels) for share, part in zip(shares, at_end, strict=True)}
-    split, whole = choose_split(by_split), by_share[1.0]
+    pixels, at_splits, (*at_end, whole) = looked_at(splits, [*few, ALL], looked)
+    by_split, told = dict(zip(splits, at_splits, strict=True)), dict(zip(few, at_end, strict=True))
+    split = choose_split(by_split)
     by_pixels = told_right(pixels, labels, standardised=False)
     best = max((*by_split.values(), whole), key=np.sum)
     line = "a classifier on what a block is given tells " + ", ".join(
@@ -222,19 +246,24 @@ def find(
     if split != splits[-1]:
         _let_go(looked)
         looked = None
-    if len(shares) == 1:
-        return Found(split, 1.0, tuple(lines), looked)
+    if not few:
+        return Found(split, 1.0, tuple(lines), looked=looked)
     if split != splits[-1]:
         looked = kept(split)
-        _, _, at_end = _looked_at(backend, batches, [split], counts[:-1], looked)
-        by_share |= {share: told_right(part, labels) for share, part in zip(TOKEN_SHARES, at_end, strict=True)}
-    tokens = choose_tokens(by_share)
+        _, _, at_end = looked_at([split], few, looked)
+        told = dict(zip(few, at_end, strict=True))
+    chosen = choose_tokens(told, whole)
+    if chosen is None:
+        _, _, at_end = looked_at([split], more, None)
+        told |= dict(zip(more, at_end, strict=True))
+        # Above the split tokens are dropped all the same.
+        chosen = choose_tokens(told, whole) or max(more, key=lambda way: told[way].sum())._replace(share=1.0)
     lines.append(
-        "at the end of the frozen model "
-        + ", ".join(f"{correct.mean():.1%} ({share:.0%} of the tokens)" for share, correct in by_share.items())
-        + f": {tokens:.0%} of the patch tokens go on at the split"
+        f"at the end of the frozen model {whole.mean():.1%} (all tokens), "
+        + ", ".join(f"{correct.mean():.1%} ({way.share:.0%} of them, by {way.score})" for way, correct in told.items())
+        + f": {chosen.share:.0%} of the patch tokens go on at the split, by {chosen.score}"
     )
-    return Found(split, tokens, tuple(lines), looked)
+    return Found(split, chosen.share, tuple(lines), chosen.score, looked)
 
 
 def _let_go(looked: LookedFeatures | None) -> None:
@@ -246,7 +275,7 @@ def _looked_at(
     backend: Backend,
     batches: Callable[[], Iterator[Images]],
     blocks: Sequence[int],
-    leaving: Sequence[int],
+    leaving: Sequence[tuple[TokenScore, int]],
     kept: LookedFeatures | None,
 ) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]], list[npt.NDArray[np.float32]]]:
     """The images' pixels (N, 3 h w), made small, and what `Backend.look` makes of them at the blocks and at the end, each
@@ -261,7 +290,7 @@ def _looked_at(
             for part, summary in zip(parts, (*found.at_blocks, *found.at_end), strict=True):
                 part.append(summary)
             if kept is not None:
-                kept.add(found.tokens, found.class_row)
+                kept.add(found.tokens, found.scores)
     whole = [np.concatenate(part) for part in parts]
     return np.concatenate(pixels), whole[: len(blocks)], whole[len(blocks) :]
 

@@ -32,7 +32,7 @@ from edgetune.checkpoint import (
     save_tensors,
     write_atomically,
 )
-from edgetune.cost import Selection
+from edgetune.cost import Selection, TokenScore
 from edgetune.data import DataFolder
 from edgetune.errors import RunFolderError, UsageError
 from edgetune.job import Listener, StepEvent, TrainingState
@@ -41,7 +41,7 @@ from edgetune.planner import PLAN_FORMAT_VERSION, Plan
 from edgetune.report import MetricsLog, Scores
 from edgetune.settings import StoredRun, check
 
-TOKENS_KEY = "edgetune_evaluation_tokens"
+TOKENS_KEY, SCORE_KEY = "edgetune_evaluation_tokens", "edgetune_token_score"
 RUN_FILE, PLAN_FILE, REPORT_FILE = "run.json", "plan.json", "report.json"
 MODEL_FILE, CONFIG_FILE, LABELS_FILE, METRICS_FILE = "model.safetensors", "config.json", "labels.txt", "metrics.csv"
 # A parameter's values and its optimizer state lie in one file; timm's names hold no such character.
@@ -65,27 +65,35 @@ def write_start(
     return Standing(TrainingState(), write, (), base_sha256)
 
 
-def write_model(folder: Path, backend: Backend, evaluation_tokens: tuple[int, ...] | None = None) -> None:
+def write_model(
+    folder: Path,
+    backend: Backend,
+    evaluation_tokens: tuple[int, ...] | None = None,
+    token_score: TokenScore = "attention",
+) -> None:
     """model.safetensors as plain timm loads it, and in config.json the tokens that serve it best where not all do.
 
     timm, which passes over what it does not know, evaluates on all.
     """
     config = read_json(folder / CONFIG_FILE, dict[str, Any]) if (folder / CONFIG_FILE).exists() else {}
     if config.get(TOKENS_KEY) != (None if evaluation_tokens is None else list(evaluation_tokens)):
-        config.pop(TOKENS_KEY, None)
-        write_json(
-            folder / CONFIG_FILE, config if evaluation_tokens is None else config | {TOKENS_KEY: evaluation_tokens}
-        )
+        config = {name: value for name, value in config.items() if name not in (TOKENS_KEY, SCORE_KEY)}
+        if evaluation_tokens is not None:
+            config |= {TOKENS_KEY: evaluation_tokens, SCORE_KEY: token_score}
+        write_json(folder / CONFIG_FILE, config)
     save_tensors(folder / MODEL_FILE, backend.model_tensors(), {"format": "pt"})
 
 
-def read_evaluation_tokens(folder: Path) -> tuple[int, ...] | None:
-    """How many patch tokens each block sees where the saved model is used; None: all."""
-    found = read_json(folder / CONFIG_FILE, dict[str, Any]).get(TOKENS_KEY)
+def read_evaluation_tokens(folder: Path) -> tuple[tuple[int, ...], TokenScore] | None:
+    """How many patch tokens each block sees where the saved model is used, and by which score; None: all."""
+    config = read_json(folder / CONFIG_FILE, dict[str, Any])
+    if config.get(TOKENS_KEY) is None:
+        return None
     try:
-        return None if found is None else msgspec.convert(found, tuple[Annotated[int, msgspec.Meta(ge=1)], ...])
+        tokens = msgspec.convert(config[TOKENS_KEY], tuple[Annotated[int, msgspec.Meta(ge=1)], ...])
+        return tokens, msgspec.convert(config.get(SCORE_KEY, "attention"), TokenScore)
     except msgspec.ValidationError as error:
-        raise RunFolderError(f"{folder / CONFIG_FILE} is damaged: {TOKENS_KEY}: {error}.") from error
+        raise RunFolderError(f"{folder / CONFIG_FILE} is damaged: {TOKENS_KEY} or {SCORE_KEY}: {error}.") from error
 
 
 def checkpoint_writer(

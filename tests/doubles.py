@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from edgetune.backends.base import Array, Images, Labels, Looked, StepResult
-from edgetune.cost import Selection
+from edgetune.cost import Selection, TokenScore
 
 
 def make_images(root: Path, counts: Mapping[str, int], size: int = 32, seed: int = 0) -> Path:
@@ -116,10 +116,12 @@ class FakeBackend:
     def set_head(self, weight: Array, bias: Array) -> None:
         raise NotImplementedError
 
-    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[int]) -> Looked:
+    def use_token_score(self, score: TokenScore) -> None: ...
+
+    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[tuple[TokenScore, int]]) -> Looked:
         raise NotImplementedError
 
-    def pruned(self, tokens: Array, class_row: Array, leaving: int) -> Array:
+    def pruned(self, tokens: Array, scores: Array, leaving: int) -> Array:
         raise NotImplementedError
 
     def drop_prefix(self, blocks: int, stored: Mapping[str, Array]) -> int:

@@ -44,7 +44,7 @@ ARROWS: dict[str, set[str]] = {
     "features": {"checkpoint", "errors", "scratch", "units"},
     "selections": {"checkpoint", "cost", "errors"},
     "report": {"checkpoint", "data", "errors", "units"},
-    "settings": {"alast", "data", "enforce", "errors", "methods", "optim", "planner"},
+    "settings": {"alast", "cost", "data", "enforce", "errors", "methods", "optim", "planner"},
     "regions": {"cost"},
     # What knows torch, or ONNX Runtime.
     "vit": {"checkpoint", "cost", "data", "errors", "regions", "shapes"},

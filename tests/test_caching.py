@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,9 +21,10 @@ import timm
 import torch
 from PIL import Image
 
-from edgetune import planner
+from edgetune import planner, trainer
 from edgetune.data import images as decoding
 from edgetune.errors import DoesNotFit, Interrupted
+from edgetune.inference import evaluate, load_run
 from edgetune.planner import Plan, PlanRequest
 from edgetune.report import RunReport, read_report
 
@@ -99,13 +101,36 @@ def test_micro_batches_and_short_last_batches_come_from_the_cache_too(images: Pa
     assert losses(tmp_path / "cached") == losses(tmp_path / "plain")
 
 
-def test_tokens_dropped_at_the_split_are_dropped_in_the_cache(images: Path, tmp_path: Path) -> None:
-    changes = EXACT | {"split_tokens": 0.4, "method": "alast"}
+@pytest.mark.parametrize("score", ["attention", "distance"])
+def test_tokens_dropped_at_the_split_are_dropped_in_the_cache(images: Path, tmp_path: Path, score: str) -> None:
+    changes = EXACT | {"split_tokens": 0.4, "method": "alast", "token_score": score}
     report, _ = run(images, tmp_path / "cached", **changes)
     plain, _ = run(images, tmp_path / "plain", **changes, prefix_cache=False)
     assert losses(tmp_path / "cached") == losses(tmp_path / "plain")
     assert report.val_accuracy == plain.val_accuracy
     assert report.evaluation_tokens == plain.evaluation_tokens
+    assert report.token_score == score
+
+
+@pytest.mark.parametrize("score", ["attention", "distance"])
+def test_a_saved_model_is_evaluated_with_the_tokens_that_served_it_by_their_score(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: str
+) -> None:
+    monkeypatch.setattr(trainer, "_better", lambda scores, best, *, balanced: True)  # as trained, and the last epoch
+    report, _ = run(images, tmp_path / "run", **EXACT, split_tokens=0.25, token_score=score)
+    config = json.loads((tmp_path / "run" / "config.json").read_bytes())
+    assert config["edgetune_evaluation_tokens"][-1] == report.evaluation_tokens
+    assert config["edgetune_token_score"] == score
+    loaded = load_run(tmp_path / "run", threads=1)
+    plain = loaded.logits(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).numpy())
+    config["edgetune_token_score"] = "attention" if score == "distance" else "distance"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    other = load_run(tmp_path / "run", threads=1)
+    assert not (
+        plain == other.logits(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)).numpy())
+    ).all()
+    found = evaluate(loaded, None, batch_size=8, note=lambda text: None)
+    assert found["accuracy"] == report.val_accuracy
 
 
 def test_fixed_views_are_the_same_from_the_cache(images: Path, tmp_path: Path) -> None:
@@ -204,11 +229,18 @@ def test_another_run_with_the_same_prefix_writes_nothing(images: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "change", [{"split_block": 9}, {"image_px": 40}, {"cache_precision": "float32"}, {"split_tokens": 0.5}]
+    "change",
+    [
+        {"split_block": 9},
+        {"image_px": 40},
+        {"cache_precision": "float32"},
+        {"split_tokens": 0.5},
+        {"split_tokens": 0.25, "token_score": "distance"},
+    ],
 )
 def test_a_cache_of_something_else_is_not_used(images: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     cache = str(tmp_path / "shared")
-    run(images, tmp_path / "one", **RUN, cache_dir=cache, prefix_cache=True)
+    run(images, tmp_path / "one", **(RUN | {"split_tokens": 0.25}), cache_dir=cache, prefix_cache=True)
     other, _ = run(images, tmp_path / "two", **(RUN | change), cache_dir=cache, prefix_cache=True)
     assert other.cache_written_bytes
     assert other.cached_blocks == change.get("split_block", 8)
@@ -317,8 +349,9 @@ def test_where_the_run_needs_the_cache_to_fit_a_full_disk_says_so(
 # --------------------------------------------------------------------------------------------------- stopped, killed
 
 
-def test_a_cached_run_that_was_stopped_goes_on_as_if_it_had_not(images: Path, tmp_path: Path) -> None:
-    changes = RUN | {"method": "alast", "checkpoint_every": 2, "split_tokens": 0.6}
+@pytest.mark.parametrize("score", ["attention", "distance"])
+def test_a_cached_run_that_was_stopped_goes_on_as_if_it_had_not(images: Path, tmp_path: Path, score: str) -> None:
+    changes = RUN | {"method": "alast", "checkpoint_every": 2, "split_tokens": 0.6, "token_score": score}
     run(images, tmp_path / "whole", **changes)
     with pytest.raises(Interrupted):
         finetune(images, tmp_path / "stopped", interrupt_after(5), **changes)

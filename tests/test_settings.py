@@ -48,6 +48,19 @@ def test_numbers_are_checked_by_their_flags_names(
 
 
 @pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"token_score": "norm"}, "--token-score must be attention or distance"),
+        ({"token_score": "distance", "method": "full"}, "--method full drops no tokens"),
+        ({"token_score": "distance", "backend": "ort", "artifacts": "there"}, "artifacts drop tokens by attention"),
+    ],
+)
+def test_a_score_is_refused_where_nothing_goes_by_it(changes: dict[str, str], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        check(msgspec.structs.replace(GOOD, **changes))
+
+
+@pytest.mark.parametrize(
     ("alast", "flag"),
     [
         (AlastSettings(initial_budget=0.0), "--initial-budget"),

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.cost import Selection
+from edgetune.cost import Selection, TokenScore
 
 Images = npt.NDArray[np.float32]  # (B, 3, H, W)
 Labels = npt.NDArray[np.int64]  # (B,)
@@ -38,7 +38,7 @@ class Looked(NamedTuple):
     at_blocks: list[Array]
     at_end: list[Array]
     tokens: Array  # (B, T, D), all that leave the deepest of the blocks
-    class_row: Array  # (B, T): the class token's attention in it; empty where no token was dropped
+    scores: dict[TokenScore, Array]  # of each, (B, T); nothing where no token was dropped
 
 
 class Backend(Protocol):
@@ -89,13 +89,17 @@ class Backend(Protocol):
         """Put a classifier in place: weight (classes, D), bias (classes,)."""
         ...
 
-    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[int]) -> Looked:
-        """What the pretrained model makes of images after each of `blocks` blocks (rising), and at its end with each of
-        `leaving` patch tokens going on from the last of these.
+    def use_token_score(self, score: TokenScore) -> None:
+        """From now on patch tokens are dropped by this score; at first it is "attention"."""
+        ...
+
+    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[tuple[TokenScore, int]]) -> Looked:
+        """What the pretrained model makes of images after each of `blocks` blocks (rising), and at its end with so many
+        patch tokens, by each score of `leaving`, going on from the last of these.
         """
         ...
 
-    def pruned(self, tokens: Array, class_row: Array, leaving: int) -> Array:
+    def pruned(self, tokens: Array, scores: Array, leaving: int) -> Array:
         """Of looked `tokens` (B, T, D) those that go on where `leaving` patch tokens do, as `features` would have them."""
         ...
 

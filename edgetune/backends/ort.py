@@ -21,7 +21,7 @@ from edgetune.backends.arrays import ArrayTensor
 from edgetune.backends.base import Array, Images, Labels, Looked, StepResult
 from edgetune.backends.ort_runtime import inference, session_options, training_api
 from edgetune.checkpoint.tensors import open_tensors
-from edgetune.cost import Selection
+from edgetune.cost import Selection, TokenScore
 from edgetune.errors import ArtifactsError, DataError, UnsupportedModel
 from edgetune.optim import Optimizer, OptimizerSettings, named_state
 from edgetune.regions import region_of, trains
@@ -238,10 +238,14 @@ class OrtBackend:
             options.add_external_initializers(names, values)
             self._given = values  # they borrow the arrays' memory, and the session theirs
 
-    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[int]) -> Looked:
+    def use_token_score(self, score: TokenScore) -> None:
+        if score != "attention":
+            raise UnsupportedModel(f"artifacts drop tokens by attention, not by {score}: --token-score attention.")
+
+    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[tuple[TokenScore, int]]) -> Looked:
         raise UnsupportedModel("artifacts have no outputs in between to look for a split at: name one with --split.")
 
-    def pruned(self, tokens: Array, class_row: Array, leaving: int) -> Array:
+    def pruned(self, tokens: Array, scores: Array, leaving: int) -> Array:
         raise NotImplementedError  # of what was looked at
 
     def drop_prefix(self, blocks: int, stored: Mapping[str, Array]) -> int:

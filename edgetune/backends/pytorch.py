@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from edgetune.backends.base import Array, Images, Labels, Looked, StepResult
-from edgetune.cost import Recompute, Selection
+from edgetune.cost import Recompute, Selection, TokenScore
 from edgetune.errors import UnsupportedModel
 from edgetune.optim import Optimizer, OptimizerSettings, named_state
 from edgetune.regions import region_of, trains
@@ -42,6 +42,7 @@ class TorchBackend:
         self.optimizer = Optimizer(optimizer)
         self.label_smoothing = label_smoothing
         self._at_peak = at_peak
+        self._score: TokenScore = "attention"
         self.class_weights = None if class_weights is None else torch.from_numpy(class_weights)
         depth = len(model.blocks)
         self._frozen = Selection((False,) * depth, (model.patch_embed.num_patches,) * depth)
@@ -86,6 +87,7 @@ class TorchBackend:
                     selection,
                     with_deltas=with_deltas,
                     cached_blocks=cached_blocks,
+                    score=self._score,
                 )
                 loss = self._loss_sum(logits, target) / weight_sum
                 value = loss.item()
@@ -158,7 +160,9 @@ class TorchBackend:
             self._selected = None
             self.model.eval()
         with torch.inference_mode():
-            logits, _ = forward(self.model, torch.from_numpy(inputs), selection, cached_blocks=cached_blocks)
+            logits, _ = forward(
+                self.model, torch.from_numpy(inputs), selection, cached_blocks=cached_blocks, score=self._score
+            )
             result: Array = logits.numpy().copy()
         return result
 
@@ -173,7 +177,12 @@ class TorchBackend:
         selection = Selection(self._frozen.trains, patch_tokens)
         with torch.inference_mode():
             found, _ = forward(
-                self.model, torch.from_numpy(inputs), selection, cached_blocks=cached_blocks, classifies=False
+                self.model,
+                torch.from_numpy(inputs),
+                selection,
+                cached_blocks=cached_blocks,
+                classifies=False,
+                score=self._score,
             )
             result: Array = found.numpy().copy()
         return result
@@ -186,12 +195,14 @@ class TorchBackend:
 
     def features(self, inputs: Images, patch_tokens: Sequence[int], *, pooled: bool) -> Array:
         with self._prefix_alone():
-            found: Array = prefix(self.model, torch.from_numpy(inputs), patch_tokens, pooled=pooled).numpy()
+            found: Array = prefix(
+                self.model, torch.from_numpy(inputs), patch_tokens, pooled=pooled, score=self._score
+            ).numpy()
         return found
 
     def whole_and_pruned_features(self, inputs: Images, blocks: int, leaving: int) -> tuple[Array, Array]:
         with self._prefix_alone():
-            whole, pruned = prefix_whole_and_pruned(self.model, torch.from_numpy(inputs), blocks, leaving)
+            whole, pruned = prefix_whole_and_pruned(self.model, torch.from_numpy(inputs), blocks, leaving, self._score)
         return whole.numpy(), pruned.numpy()
 
     @contextmanager
@@ -201,7 +212,10 @@ class TorchBackend:
         with torch.inference_mode():
             yield
 
-    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[int]) -> Looked:
+    def use_token_score(self, score: TokenScore) -> None:
+        self._score = score
+
+    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[tuple[TokenScore, int]]) -> Looked:
         self._selected = None
         self.model.eval()
         with torch.inference_mode():
@@ -210,11 +224,11 @@ class TorchBackend:
             [part.numpy() for part in found.at_blocks],
             [part.numpy() for part in found.at_end],
             found.tokens.numpy(),
-            found.class_row.numpy(),
+            {score: values.numpy() for score, values in found.scores.items()},
         )
 
-    def pruned(self, tokens: Array, class_row: Array, leaving: int) -> Array:
-        given = (torch.from_numpy(tokens), torch.from_numpy(class_row))
+    def pruned(self, tokens: Array, scores: Array, leaving: int) -> Array:
+        given = (torch.from_numpy(tokens), torch.from_numpy(scores))
         with torch.inference_mode():
             kept: Array = keep_tokens(*given, leaving, self.model.num_prefix_tokens).numpy()
         return kept

@@ -52,7 +52,7 @@ FLAGS = {
 # What a plan has settled: asking for something else beside --plan would be ignored.
 OF_THE_PLAN = {
     "method", "batch_size", "accumulation", "optimizer", "trained_blocks", "split_block", "split", "token_floor", "threads", "split_tokens",
-    "token_ceiling", "embeddings", "recompute", "updates_in_backward", "keeps_state", "half_frozen",
+    "token_ceiling", "token_score", "embeddings", "recompute", "updates_in_backward", "keeps_state", "half_frozen",
 }  # fmt: skip
 # What may be another than it was where a run is replayed.
 OF_THE_HOST = {"backend", "artifacts", "data", "device", "ram_cap_bytes", "enforce", "threads", "prefix_cache"}
@@ -67,6 +67,11 @@ class ClassWeights(str, Enum):
 class LayerChoice(str, Enum):
     multinomial = "multinomial"
     top = "top"
+
+
+class TokenScore(str, Enum):
+    attention = "attention"
+    distance = "distance"
 
 
 class TokenShare(str, Enum):
@@ -217,7 +222,16 @@ def finetune(
         float | None,
         _option(
             "--split-tokens",
-            help="Share of the patch tokens that goes on at the split, chosen by the class token's attention there (default 1).",
+            help="Share of the patch tokens that goes on at the split (default: all, or as --split auto finds).",
+            panel=METHOD,
+        ),
+    ] = None,
+    token_score: Annotated[
+        TokenScore | None,
+        _option(
+            "--token-score",
+            help="Which patch tokens go on where some are dropped: those that the class token attends to most (`attention`, "
+            "default) or those farthest from the mean of all (`distance`). --split auto tries both.",
             panel=METHOD,
         ),
     ] = None,
@@ -481,6 +495,8 @@ def finetune(
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    if token_score is not None:
+        given["token_score"] = token_score.value
     given |= plan_settings(
         token_floor=token_floor,
         token_ceiling=token_ceiling,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import Literal
 
 import msgspec
 
@@ -70,6 +71,11 @@ class Recompute(IntEnum):
     NOTHING = 0
     MLP = 1  # from the second norm on
     BLOCK = 2  # everything: of the block its input alone is kept
+
+
+# By what patch tokens are ranked where some are dropped: how much the class token attends to each (ALaST's, arXiv
+# 2408.08670), or how far each is from the mean of all.
+TokenScore = Literal["attention", "distance"]
 
 
 class Selection(msgspec.Struct, frozen=True):

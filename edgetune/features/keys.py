@@ -26,6 +26,8 @@ class FeatureKey(msgspec.Struct, frozen=True, kw_only=True):
     split_block: int
     # Patch tokens that each block of the prefix sees, and at the end the count that is stored.
     tokens: tuple[int, ...]
+    # By what they are ranked where some are dropped; the same for all where none is.
+    token_score: str = "attention"
     # Only what the head reads.
     pooled: bool
     # The preprocessing in builtins, decode rules included.

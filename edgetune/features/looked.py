@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ Places = npt.NDArray[np.int64]
 
 
 class LookedFeatures:
-    """Of some images, in order: all tokens that leave block `blocks`, and how the class token attends to each in it.
+    """Of some images, in order: all tokens that leave block `blocks`, and their scores, by which some may be dropped.
 
     On disk, for this process alone, in the cache's own precision: to the bit what the cache would hold.
     """
@@ -28,30 +29,30 @@ class LookedFeatures:
         blocks: int,
         tokens: int,
         width: int,
+        scores: tuple[str, ...],
         precision: Literal["float16", "float32"],
         limit_bytes: int,
     ) -> None:
-        """`images`: those that will be added, by their place in the data set. `folder`, `limit_bytes`: as for `Scratch`."""
-        self.blocks, self.precision, self.has_class_rows = blocks, precision, True
+        """`scores`: their names, none where no token is dropped. `images`: those that will be added, by their place in the data set. `folder`, `limit_bytes`: as for `Scratch`."""
+        self.blocks, self.scores, self.precision = blocks, scores, precision
         self._images = images
-        self._record = np.dtype([("values", precision, (tokens, width)), ("class_row", np.float32, (tokens,))])
+        self._record = np.dtype([("values", precision, (tokens, width)), ("scores", np.float32, (len(scores), tokens))])
         self._records = Scratch(folder, self._record.itemsize, limit_bytes)
 
     @property
     def written_bytes(self) -> int:
         return self._records.written_bytes
 
-    def add(self, values: Floats, class_rows: Floats) -> None:
-        """The next images': (n, tokens, width), and (n, tokens) or nothing. What comes after one with a value that the
+    def add(self, values: Floats, scores: Mapping[Any, Floats]) -> None:
+        """The next images': (n, tokens, width), and of each score (n, tokens). What comes after one with a value that the
         precision can't hold is left out.
         """
-        self.has_class_rows &= class_rows.size > 0
-        rows = class_rows if class_rows.size else np.zeros(values.shape[:2], np.float32)
-        for value, row in zip(values, rows, strict=True):
+        for place, value in enumerate(values):
             record = np.empty((), self._record)
             with np.errstate(over="ignore"):
                 record["values"][...] = value
-            record["class_row"][...] = row
+            for number, name in enumerate(self.scores):
+                record["scores"][number] = scores[name][place]
             if np.any(np.isinf(record["values"]) & np.isfinite(value)) or self._records.add(record.tobytes()) is None:
                 self._records.limit_to_what_is_there()
                 return
@@ -60,14 +61,15 @@ class LookedFeatures:
         """Which of `images` are here."""
         return np.isin(images, self._images[: self._records.count])
 
-    def read(self, images: Places) -> tuple[Floats, Floats] | None:
-        """(values, class rows) of images that are here; None if they can't be read back."""
+    def read(self, images: Places) -> tuple[Floats, dict[str, Floats]] | None:
+        """Values and scores, as they were added, of images that are here; None if they can't be read back."""
         numbers = {int(image): number for number, image in enumerate(self._images[: self._records.count])}
         found = np.empty(len(images), self._record)
         for place, image in enumerate(images):
             if not self._records.read(numbers[int(image)], found[place : place + 1]):
                 return None
-        return found["values"].astype(np.float32), np.ascontiguousarray(found["class_row"])
+        scores = {name: np.ascontiguousarray(found["scores"][:, number]) for number, name in enumerate(self.scores)}
+        return found["values"].astype(np.float32), scores
 
     def close(self) -> None:
         """Give the disk back: nothing is here any more."""

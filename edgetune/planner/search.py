@@ -172,6 +172,7 @@ def plan_of(
         draws=request.space.draws,
         token_ceiling=lossy.token_ceiling,
         token_floor=floor_of(request, lossy.split_block),
+        token_score=request.token_score,
         batch_size=request.batch_size,
         micro_batch=lossless.micro_batch,
         accumulation=accumulation_of(request, lossless.micro_batch),

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from edgetune.cost import BlockState, Recompute, Selection, StepCost, ViTShape, block_states
+from edgetune.cost import BlockState, Recompute, Selection, StepCost, TokenScore, ViTShape, block_states
 from edgetune.optim import OptimizerName
 from edgetune.units import MIB
 
@@ -31,7 +31,7 @@ RecomputeChoice = Literal["auto", "none", "mlp", "block"]
 EmbeddingsChoice = Literal["auto", "train", "freeze"]
 
 
-PLAN_FORMAT_VERSION = 4
+PLAN_FORMAT_VERSION = 5
 
 
 class MethodSpace(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +96,7 @@ class PlanRequest(msgspec.Struct, frozen=True, kw_only=True):
     token_floor: float | None = None
     token_ceiling: float | None = None  # most of its tokens that a block may pass on, a share
     split_tokens: float | None = None  # of the patch tokens, the share that goes on at the split
+    token_score: TokenScore = "attention"  # by which tokens are dropped
     accumulation: int | None = None
     recompute: RecomputeChoice = "auto"
     updates_in_backward: bool | None = None
@@ -127,6 +128,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     draws: bool
     token_ceiling: tuple[int, ...]
     token_floor: float
+    token_score: TokenScore
     batch_size: int
     micro_batch: int
     accumulation: int

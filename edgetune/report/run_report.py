@@ -68,6 +68,7 @@ class RunReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     train_images: Annotated[Count | None, _is("images trained on")] = None
     val_images: Annotated[Count | None, _is("images evaluated on")] = None
     bad_images: Annotated[tuple[BadImage, ...], _is("images skipped; paths are relative to the data folder")] = ()
+    token_score: Annotated[str | None, _is("by which patch tokens are dropped: attention or distance")] = None
     evaluation_tokens: Annotated[
         Count | None, _is("patch tokens of the last block with which the saved model is best, and evaluated")
     ] = None

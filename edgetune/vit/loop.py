@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from edgetune.cost import Recompute, Selection
+from edgetune.cost import Recompute, Selection, TokenScore
 from edgetune.errors import UnsupportedModel
 from edgetune.regions import region_of, trains
 from edgetune.vit.plain import AnyViT
@@ -78,7 +78,9 @@ def embed(model: AnyViT, images: Tensor) -> Tensor:
     return embedded
 
 
-def prefix(model: AnyViT, images: Tensor, patch_tokens: Sequence[int], *, pooled: bool) -> Tensor:
+def prefix(
+    model: AnyViT, images: Tensor, patch_tokens: Sequence[int], *, pooled: bool, score: TokenScore = "attention"
+) -> Tensor:
     """Images (B, 3, H, W) -> what the lowest blocks put out, (B, P + N, D), without gradient.
 
     `patch_tokens`: how many enter each of these blocks and, last, how many leave them. `pooled`: of these, only the
@@ -87,18 +89,20 @@ def prefix(model: AnyViT, images: Tensor, patch_tokens: Sequence[int], *, pooled
     with torch.no_grad():
         tokens = embed(model, images)
         for index, leaving in enumerate(patch_tokens[1:]):
-            tokens = run_block(model.blocks[index], tokens, leaving, model.num_prefix_tokens, Recompute.NOTHING)
+            tokens = run_block(model.blocks[index], tokens, leaving, model.num_prefix_tokens, Recompute.NOTHING, score)
         return tokens[:, : model.num_prefix_tokens] if pooled else tokens
 
 
-def prefix_whole_and_pruned(model: AnyViT, images: Tensor, blocks: int, leaving: int) -> tuple[Tensor, Tensor]:
+def prefix_whole_and_pruned(
+    model: AnyViT, images: Tensor, blocks: int, leaving: int, score: TokenScore = "attention"
+) -> tuple[Tensor, Tensor]:
     """What `prefix` makes of images on all tokens, and with `leaving` patch tokens that leave the last block, in one pass."""
     with torch.no_grad():
         tokens = embed(model, images)
         for block in model.blocks[: blocks - 1]:
             tokens = run_recomputed(block, tokens, Recompute.NOTHING)
-        tokens, class_row = _with_class_row(model.blocks[blocks - 1], tokens, Recompute.NOTHING)
-        return tokens, keep_tokens(tokens, class_row, leaving, model.num_prefix_tokens)
+        tokens, scores = _scored(model.blocks[blocks - 1], tokens, model.num_prefix_tokens, Recompute.NOTHING, score)
+        return tokens, keep_tokens(tokens, scores, leaving, model.num_prefix_tokens)
 
 
 class Looked(NamedTuple):
@@ -107,39 +111,43 @@ class Looked(NamedTuple):
     """
 
     at_blocks: list[Tensor]  # summaries of what leaves each block that was asked for
-    at_end: list[Tensor]  # and of what leaves the last block of the model, for each number of tokens
+    at_end: list[Tensor]  # and of what leaves the last block of the model, for each way to drop tokens
     tokens: Tensor  # (B, P + N, D) that leave the deepest of those blocks
-    class_row: Tensor  # (B, P + N): the class token's attention in it; empty where no token was dropped
+    scores: dict[TokenScore, Tensor]  # of each of them, (B, P + N); nothing where no token was dropped
 
 
-def look(model: AnyViT, images: Tensor, blocks: Sequence[int], leaving: Sequence[int]) -> Looked:
-    """`blocks`: after how many blocks to look, rising. `leaving`: how many patch tokens go on to the end from the last of them."""
+def look(model: AnyViT, images: Tensor, blocks: Sequence[int], leaving: Sequence[tuple[TokenScore, int]]) -> Looked:
+    """`blocks`: after how many blocks to look, rising. `leaving`: how many patch tokens go on to the end from the last of
+    them, and by which score.
+    """
 
     def summary(tokens: Tensor) -> Tensor:
         patches = tokens[:, model.num_prefix_tokens :].mean(dim=1)
         return torch.cat((tokens[:, 0], patches), dim=1) if model.num_prefix_tokens else patches
 
     with torch.no_grad():
-        tokens, class_row, at_blocks = embed(model, images), images.new_empty(0), []
-        pruned = any(count < tokens.shape[1] - model.num_prefix_tokens for count in leaving)
+        tokens, at_blocks = embed(model, images), []
+        scores: dict[TokenScore, Tensor] = {}
+        pruned = any(count < tokens.shape[1] - model.num_prefix_tokens for _, count in leaving)
         if blocks[0] == 0:
             at_blocks.append(summary(tokens))
         for done, block in enumerate(model.blocks[: blocks[-1]], start=1):
             if done == blocks[-1] and pruned:
-                tokens, class_row = _with_class_row(block, tokens, Recompute.NOTHING)
+                tokens, attention = _scored(block, tokens, model.num_prefix_tokens, Recompute.NOTHING, "attention")
+                scores = {"attention": attention, "distance": distances(tokens, model.num_prefix_tokens)}
             else:
                 tokens = run_recomputed(block, tokens, Recompute.NOTHING)
             if done in blocks:
                 at_blocks.append(summary(tokens))
         at_end = []
-        for count in leaving:
+        for score, count in leaving:
             left = tokens
             if count < tokens.shape[1] - model.num_prefix_tokens:
-                left = keep_tokens(tokens, class_row, count, model.num_prefix_tokens)
+                left = keep_tokens(tokens, scores[score], count, model.num_prefix_tokens)
             for block in model.blocks[blocks[-1] :]:
                 left = run_recomputed(block, left, Recompute.NOTHING)
             at_end.append(summary(left))
-        return Looked(at_blocks, at_end, tokens, class_row)
+        return Looked(at_blocks, at_end, tokens, scores)
 
 
 def forward(
@@ -150,6 +158,7 @@ def forward(
     with_deltas: bool = False,
     cached_blocks: int = 0,
     classifies: bool = True,
+    score: TokenScore = "attention",
 ) -> tuple[Tensor, list[Tensor]]:
     """Images (B, 3, H, W) -> logits (B, classes), and each block's class-token delta (a scalar, mean over the batch).
 
@@ -173,7 +182,7 @@ def forward(
         class_token_before = tokens[:, 0].detach().clone() if with_deltas else None
         with torch.set_grad_enabled(gradient and index >= lowest):
             level = selection.level(index) if gradient and index >= lowest else Recompute.NOTHING
-            tokens = run_block(block, tokens, leaving[index], model.num_prefix_tokens, level)
+            tokens = run_block(block, tokens, leaving[index], model.num_prefix_tokens, level, score)
         if class_token_before is not None:
             # The paper's ||CLS_l - CLS_(l-1)||^2, as a mean over the batch so that a short last batch shifts nothing.
             change = tokens[:, 0].detach() - class_token_before
@@ -181,19 +190,31 @@ def forward(
     return model.forward_head(model.norm(tokens), pre_logits=not classifies), deltas
 
 
-def run_block(block: Any, tokens: Tensor, leaving: int, prefix_tokens: int, level: Recompute) -> Tensor:
-    """One unmodified block; of its patch tokens the `leaving` ones that the class token attends to most go on."""
+def run_block(
+    block: Any,
+    tokens: Tensor,
+    leaving: int,
+    prefix_tokens: int,
+    level: Recompute,
+    score: TokenScore = "attention",
+) -> Tensor:
+    """One unmodified block; of its patch tokens the `leaving` ones with the highest score go on."""
     if leaving >= tokens.shape[1] - prefix_tokens:
         return run_recomputed(block, tokens, level)
-    tokens, class_row = _with_class_row(block, tokens, level)
-    return keep_tokens(tokens, class_row, leaving, prefix_tokens)
+    tokens, scores = _scored(block, tokens, prefix_tokens, level, score)
+    return keep_tokens(tokens, scores, leaving, prefix_tokens)
 
 
-def _with_class_row(block: Any, tokens: Tensor, level: Recompute) -> tuple[Tensor, Tensor]:
-    """What a block puts out, and the class token's attention in it.
+def _scored(
+    block: Any, tokens: Tensor, prefix_tokens: int, level: Recompute, score: TokenScore
+) -> tuple[Tensor, Tensor]:
+    """What a block puts out, and the score of each token of it, (B, P + N).
 
     The hook on `attn.qkv` only reads the projection that the block computes anyway, and is gone when this returns.
     """
+    if score == "distance":
+        tokens = run_recomputed(block, tokens, level)
+        return tokens, distances(tokens.detach(), prefix_tokens)
     rows: list[Tensor] = []
     handle = block.attn.qkv.register_forward_hook(
         lambda _module, _inputs, qkv: rows.append(class_attention(block.attn, qkv.detach()))
@@ -221,13 +242,21 @@ def class_attention(attention: Any, qkv: Tensor) -> Tensor:
     return row
 
 
-def keep_tokens(tokens: Tensor, class_row: Tensor, keep: int, prefix_tokens: int) -> Tensor:
-    """Keep every prefix token and the `keep` patch tokens with the largest `class_row`, in their order.
+@torch.no_grad()
+def distances(tokens: Tensor, prefix_tokens: int) -> Tensor:
+    """How far each patch token is from their mean: (B, P + N, D) -> (B, P + N), 0 for prefix tokens."""
+    patches = tokens[:, prefix_tokens:]
+    far = torch.linalg.vector_norm(patches - patches.mean(dim=1, keepdim=True), dim=2)
+    return torch.cat((far.new_zeros(len(far), prefix_tokens), far), dim=1)
 
-    tokens (B, P + N, D), class_row (B, P + N) -> (B, P + keep, D)
+
+def keep_tokens(tokens: Tensor, scores: Tensor, keep: int, prefix_tokens: int) -> Tensor:
+    """Keep every prefix token and the `keep` patch tokens with the highest `scores`, in their order.
+
+    tokens (B, P + N, D), scores (B, P + N) -> (B, P + keep, D)
     """
     batch, _, width = tokens.shape
-    chosen = class_row[:, prefix_tokens:].topk(keep, dim=1).indices.sort(dim=1).values + prefix_tokens
+    chosen = scores[:, prefix_tokens:].topk(keep, dim=1).indices.sort(dim=1).values + prefix_tokens
     always = torch.arange(prefix_tokens, device=tokens.device).expand(batch, -1)
     index = torch.cat((always, chosen), dim=1)[:, :, None].expand(-1, -1, width)
     kept: Tensor = _Keep.apply(tokens, index)

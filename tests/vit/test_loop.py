@@ -15,18 +15,20 @@ from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from edgetune.cost import Selection
+from edgetune.cost import Recompute, Selection
 from edgetune.errors import UnsupportedModel
 from edgetune.methods import adaptive_obstacle
 from edgetune.vit.loop import (
     apply_selection,
     check_supported,
     class_attention,
+    distances,
     embed,
     forward,
     keep_tokens,
     named_regions,
     region_of,
+    run_block,
 )
 from edgetune.vit.shape import shape_of
 
@@ -165,6 +167,29 @@ def test_the_most_attended_tokens_are_kept_in_their_order_and_prefix_tokens_alwa
     index = index.sort(dim=1).values[:, :, None].expand(-1, -1, 6)
     (tokens.gather(1, index) * weight).sum().backward()
     assert torch.equal(ours, tokens.grad)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 3])
+def test_distances_are_those_from_the_mean_of_the_patch_tokens(prefix: int) -> None:
+    torch.manual_seed(prefix)
+    tokens = torch.randn(2, prefix + 7, 5)
+    patches = tokens[:, prefix:].double()
+    wanted = (patches - patches.mean(dim=1, keepdim=True)).square().sum(dim=2).sqrt()
+    found = distances(tokens, prefix)
+    torch.testing.assert_close(found[:, prefix:], wanted.float())
+    assert not found[:, :prefix].any()
+
+
+def test_dropping_tokens_by_distance_needs_no_class_token_and_changes_no_gradient() -> None:
+    model = zoo.build("siglip")
+    tokens = torch.randn(2, 1 + model.patch_embed.num_patches, model.embed_dim, requires_grad=True)
+    block = model.blocks[0]
+    kept = run_block(block, tokens, 4, 1, Recompute.NOTHING, "distance")
+    whole = block(tokens)
+    wanted = keep_tokens(whole, distances(whole.detach(), 1), 4, 1)
+    assert torch.equal(kept, wanted)
+    (one,), (other,) = (torch.autograd.grad(part.sum(), [tokens], retain_graph=True) for part in (kept, wanted))
+    assert torch.equal(one, other)
 
 
 def test_keeping_tokens_saves_no_copy_of_what_was_there() -> None:

@@ -10,7 +10,7 @@ import zoo
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from edgetune.cost import Selection
+from edgetune.cost import Selection, TokenScore
 from edgetune.vit.loop import apply_selection, forward, keep_tokens, look, prefix, prefix_whole_and_pruned
 
 FAMILIES = list(zoo.ALL)
@@ -89,20 +89,22 @@ def test_tokens_dropped_at_the_split_are_the_same_ones(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["deit_tiny", "dinov2 with registers", "q and k norm"])
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_one_pass_gives_what_two_give_on_all_tokens_and_on_fewer(family: str, blocks: int) -> None:
+@pytest.mark.parametrize("score", ["attention", "distance"])
+def test_one_pass_gives_what_two_give_on_all_tokens_and_on_fewer(family: str, blocks: int, score: TokenScore) -> None:
     model = zoo.build(family).eval()
     images, patches = zoo.images(model, batch=3), model.patch_embed.num_patches
-    whole, pruned = prefix_whole_and_pruned(model, images, blocks, patches // 2)
+    whole, pruned = prefix_whole_and_pruned(model, images, blocks, patches // 2, score)
     assert torch.equal(whole, prefix(model, images, (patches,) * (blocks + 1), pooled=False))
-    assert torch.equal(pruned, prefix(model, images, (*(patches,) * blocks, patches // 2), pooled=False))
+    assert torch.equal(pruned, prefix(model, images, (*(patches,) * blocks, patches // 2), pooled=False, score=score))
 
 
 @pytest.mark.parametrize("family", ["deit_tiny", "dinov2 with registers", "siglip"])
 def test_a_look_sees_what_the_prefix_and_the_rest_of_the_model_make_of_images(family: str) -> None:
     model = zoo.build(family).eval()
     images, patches, depth = zoo.images(model, batch=3), model.patch_embed.num_patches, zoo.depth(model)
-    counts = [patches // 2, patches] if family != "siglip" else [patches]
-    found = look(model, images, [1, 2], counts)
+    scores: list[TokenScore] = ["attention", "distance"] if family != "siglip" else []
+    half = patches // 2
+    found = look(model, images, [1, 2], [*((score, half) for score in scores), ("attention", patches)])
 
     def summary(blocks: int, leaving: int) -> Tensor:
         """Of what goes on from block 2."""
@@ -111,15 +113,16 @@ def test_a_look_sees_what_the_prefix_and_the_rest_of_the_model_make_of_images(fa
         return torch.cat((tokens[:, 0], mean), dim=1) if model.num_prefix_tokens else mean
 
     assert all(torch.equal(seen, summary(block, patches)) for block, seen in zip([1, 2], found.at_blocks, strict=True))
-    pruned = prefix(model, images, (patches, patches, counts[0]), pooled=False)
     assert torch.equal(found.tokens, prefix(model, images, (patches,) * 3, pooled=False))
-    if len(counts) > 1:
-        assert torch.equal(keep_tokens(found.tokens, found.class_row, counts[0], model.num_prefix_tokens), pruned)
     assert torch.equal(found.at_end[-1], summary(depth, patches))
-    at_end = pruned
-    for block in model.blocks[2:]:
-        at_end = block(at_end)
-    assert torch.allclose(found.at_end[0][:, -model.embed_dim :], at_end[:, model.num_prefix_tokens :].mean(dim=1))
+    assert set(found.scores) == set(scores)
+    for score, at_end in zip(scores, found.at_end, strict=False):
+        pruned = prefix(model, images, (patches, patches, half), pooled=False, score=score)
+        assert torch.equal(keep_tokens(found.tokens, found.scores[score], half, model.num_prefix_tokens), pruned)
+        for block in model.blocks[2:]:
+            pruned = block(pruned)
+        mean = pruned[:, model.num_prefix_tokens :].mean(dim=1)
+        torch.testing.assert_close(at_end[:, -model.embed_dim :], mean)
 
 
 @pytest.mark.parametrize("family", ["deit_tiny", "deit3_small", "dinov2 with registers", "siglip"])
