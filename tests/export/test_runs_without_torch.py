@@ -257,7 +257,13 @@ def test_for_which_platforms_there_is_a_wheel(machine: str, python: tuple[int, i
 
 
 def test_a_missing_runtime_is_told_with_what_to_install(artifacts: Path, images: Path, tmp_path: Path) -> None:
-    driver = WITHOUT_TORCH + "sys.modules['onnxruntime'] = None; from edgetune.__main__ import entry; entry()"
+    hidden = (  # from Python and from pip
+        "sys.modules['onnxruntime'] = None\n"
+        "from importlib import metadata\n"
+        "def version(name): raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = version\n"
+    )
+    driver = WITHOUT_TORCH + hidden + "from edgetune.__main__ import entry; entry()"
     command: list[Any] = [sys.executable, "-c", driver, "finetune", "--backend", "ort", "--artifacts", artifacts]
     done = subprocess.run(
         [*map(str, command), "--data", str(images), "--output", str(tmp_path / "run")],
