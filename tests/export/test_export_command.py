@@ -182,6 +182,26 @@ def test_the_manifest_names_what_made_it(artifacts: Path) -> None:
     assert build.MANIFEST_FILE == "manifest.json"
 
 
+@pytest.mark.parametrize("splits", [(5,), (0, 5, 99)])
+def test_a_block_that_the_model_has_not_is_a_usage_error(
+    tiny_model: Path, tmp_path: Path, splits: tuple[int, ...]
+) -> None:
+    with pytest.raises(
+        errors.UsageError, match=rf"--split {','.join(map(str, splits)).removeprefix('0,')}: the model has 4 blocks"
+    ):
+        command.export(request(tiny_model, splits=splits), tmp_path / "out", room_bytes=None, note=silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_says_nothing_of_onnx_runtime_is_told_at_export() -> None:
+    from edgetune.cli.export import _device_notes
+
+    (note,) = _device_notes("jetson-nano")
+    assert "jetson-nano states no runtime for ONNX Runtime ([runtime.ort] in its profile)" in note
+    assert "--device auto" in note
+    assert _device_notes("android-4gb") == _device_notes("auto") == _device_notes(None) == []
+
+
 def test_a_hybrid_is_cut_above_its_stem_and_compared_with_torch(tmp_path: Path) -> None:
     hybrid = ("export", "--model", "vit_tiny_r_s16_p8_224", "--no-pretrained", "--image-size", "64", "--classes", "3")
     done = cli(*hybrid, "--split", "8", "--output", tmp_path / "hybrid")
