@@ -33,8 +33,8 @@ from edgetune.checkpoint import (
     write_atomically,
 )
 from edgetune.cost import Selection
-from edgetune.data import DataFolder
-from edgetune.errors import RunFolderError, UsageError
+from edgetune.data import DataFolder, Preprocess
+from edgetune.errors import ArtifactsError, EdgetuneError, RunFolderError, UsageError
 from edgetune.job import Listener, StepEvent, TrainingState
 from edgetune.methods import METHODS, Method
 from edgetune.planner import PLAN_FORMAT_VERSION, Plan
@@ -127,10 +127,10 @@ class Standing(NamedTuple):
     restore_optimizer: Callable[[], None] = lambda: None
 
 
-def restore(folder: Path, plan: Plan, backend: Backend) -> Standing:
-    """Put the last good checkpoint's weights back into the backend.
+def restore(folder: Path, plan: Plan, backend: Backend, artifacts: str | None = None) -> Standing:
+    """Put the last good checkpoint's weights back into the backend. `artifacts`: where its graphs are from, if they are.
 
-    Raises: RunFolderError if there is none, or it does not belong to the plan.
+    Raises: RunFolderError if there is none, or it does not belong to the plan; ArtifactsError if the artifacts are others.
     """
     found = latest_checkpoint(folder)
     if found is None:
@@ -142,20 +142,24 @@ def restore(folder: Path, plan: Plan, backend: Backend) -> Standing:
             "one of them is another run's."
         )
     try:
+        lacking = set() if artifacts is None else set(backend.model_tensors())
         for name, array in read_base(folder, checkpoint.base_sha256):
             backend.restore({name: array}, {}, {})
+            lacking.discard(name)
             del array  # before the next one is read
+        if lacking:
+            raise RuntimeError(f"they have {', '.join(sorted(lacking)[:3])} besides")
         trained = _Part(tensors, MODEL_PREFIX)
         for name in trained:
             backend.restore({name: trained[name]}, {}, {})
     except (KeyError, RuntimeError) as error:  # a tensor that the model lacks, or has in another shape
-        raise _foreign(folder, error) from error
+        raise _foreign(folder, error, artifacts) from error
 
     def restore_optimizer() -> None:
         try:
             backend.restore({}, _Part(tensors, OPTIMIZER_PREFIX), checkpoint.optimizer.steps)
         except (KeyError, RuntimeError) as error:
-            raise _foreign(folder, error) from error
+            raise _foreign(folder, error, artifacts) from error
 
     try:
         state = msgspec.convert(checkpoint.training, TrainingState)
@@ -165,8 +169,14 @@ def restore(folder: Path, plan: Plan, backend: Backend) -> Standing:
     return Standing(state, write, notes, checkpoint.base_sha256, restore_optimizer)
 
 
-def _foreign(folder: Path, error: Exception) -> RunFolderError:
-    return RunFolderError(f"the checkpoint in {folder} does not belong to the run's model: {error}.")
+def _foreign(folder: Path, error: Exception, artifacts: str | None) -> EdgetuneError:
+    if artifacts is None:
+        return RunFolderError(f"the checkpoint in {folder} does not belong to the run's model: {error}.")
+    what = f"they lack {error}" if isinstance(error, KeyError) else str(error)
+    return ArtifactsError(
+        f"the artifacts in {artifacts} are of another model than the run in {folder} began from: {what}. Put those back "
+        f"there, or name their place: --resume {folder} --artifacts DIR."
+    )
 
 
 class LoggedListener:
