@@ -39,6 +39,7 @@ from edgetune.store import (
     REPORT_FILE,
     Standing,
     images_sha256,
+    is_imported,
     read_plan,
     read_stored,
     restore,
@@ -118,6 +119,11 @@ def resume(path: Path, *, listener: Listener, data: str | None = None, artifacts
     """
     began = time.monotonic()
     stored = read_stored(path)  # before the lock, which would leave its file in a folder that is no run's
+    if is_imported(stored):
+        raise RunFolderError(
+            f"{path} holds a model that another device trained: there is nothing to resume. "
+            f"To train it further: edgetune finetune --model local-dir:{path}"
+        )
     stored = _with_artifacts(path, stored, artifacts)
     told = _told_before(path)
     with memory_ends("in the run"), MemoryMeter() as meter, open_run_folder(path), ExitStack() as stack:

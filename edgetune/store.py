@@ -39,7 +39,7 @@ from edgetune.job import Listener, StepEvent, TrainingState
 from edgetune.methods import METHODS, Method
 from edgetune.planner import PLAN_FORMAT_VERSION, Plan
 from edgetune.report import MetricsLog, Scores
-from edgetune.settings import StoredRun, check
+from edgetune.settings import RunSettings, StoredRun, check
 
 TOKENS_KEY = "edgetune_evaluation_tokens"
 RUN_FILE, PLAN_FILE, REPORT_FILE = "run.json", "plan.json", "report.json"
@@ -222,6 +222,39 @@ def trainable_space(plan: Plan) -> Selection:
     depth = len(plan.token_ceiling)
     lowest = plan.split_block if plan.draws else depth - plan.trained_blocks
     return Selection(tuple(block >= lowest for block in range(depth)), plan.token_ceiling, plan.embeddings_train)
+
+
+def write_imported(
+    folder: Path,
+    *,
+    model: str,
+    artifacts: Path,
+    classes: tuple[str, ...],
+    preprocess: Preprocess,
+    architecture: str,
+    model_args: dict[str, object],
+) -> None:
+    """run.json of a model that was trained from these artifacts on another device: it has no images of its own.
+
+    Raises: RunFolderError.
+    """
+    place = os.fsencode(artifacts).decode("utf-8", "backslashreplace")  # JSON holds no other bytes
+    stored = StoredRun(
+        settings=RunSettings(model=model, backend="ort", artifacts=place),
+        classes=classes,
+        train_images=0,
+        val_images=0,
+        images_sha256="",
+        preprocess=preprocess,
+        architecture=architecture,
+        model_args=model_args,
+    )
+    write_json(folder / RUN_FILE, stored)
+
+
+def is_imported(stored: StoredRun) -> bool:
+    """Whether the folder holds a model that another device trained: no steps were taken in it, no images are its own."""
+    return not stored.train_images
 
 
 def read_stored(folder: Path) -> StoredRun:

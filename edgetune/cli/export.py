@@ -256,10 +256,10 @@ def import_params(
     variant: Annotated[str | None, _option("--variant", help="Which; default: the one of that size.")] = None,
     labels: Annotated[Path | None, _option("--labels", help="Names of the classes, one a line.")] = None,
 ) -> None:
-    """A model folder from the parameters that a phone or a page hands back."""
-    from edgetune.artifacts.importing import import_parameters
+    """A run folder from the parameters that a phone or a page hands back."""
+    from edgetune.export.returned import import_run
 
-    for line in import_parameters(buffer, artifacts, output, variant, labels):
+    for line in import_run(buffer, artifacts, output, variant, labels):
         _print(line)
 
 

@@ -115,6 +115,10 @@ def test_the_command_exports_a_runs_model_with_its_head_and_classes(tiny_model: 
     model = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True)
     np.testing.assert_array_equal(model.state_dict()["head.weight"].numpy(), back["head.weight"])
 
+    done = cli("evaluate", tmp_path / "back", "--data", images, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recall"].keys() == {"cat", "dog"}
+
     done = cli("export", tmp_path / "run", "--format", "onnx", "--output", tmp_path / "model.onnx")
     assert done.returncode == 0, done.stderr
     assert "logits within" in done.stderr
