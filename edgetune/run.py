@@ -17,7 +17,7 @@ import msgspec
 from edgetune import devices, system
 from edgetune import settings as settings_module
 from edgetune.artifacts.manifest import Manifest
-from edgetune.artifacts.reading import read_manifest
+from edgetune.artifacts.reading import check_files, read_manifest
 from edgetune.backends.base import Backend
 from edgetune.checkpoint import create_run_folder, open_run_folder
 from edgetune.checkpoint.tensors import open_tensors
@@ -209,7 +209,9 @@ def settings_of_replay(run: Path, own: RunSettings) -> RunSettings:
         model, weights, image_px = own.model, None, None
     elif there.artifacts is not None:
         # The run's folder says what model it is of, the artifacts hold the weights that it began from.
-        weights = str(Path(there.artifacts) / _manifest_of(run, there.artifacts).weights)
+        manifest = _manifest_of(run, there.artifacts)
+        check_files(Path(there.artifacts), manifest, (manifest.weights,))
+        weights = str(Path(there.artifacts) / manifest.weights)
         model = f"local-dir:{run}"
     return msgspec.structs.replace(
         there,
@@ -249,6 +251,7 @@ def _begin_as(run: Path, backend: Backend) -> None:
         return
     manifest = _manifest_of(run, artifacts)
     if manifest.classifier is not None:
+        check_files(Path(artifacts), manifest, (manifest.weights,))
         there = open_tensors(Path(artifacts) / manifest.weights, manifest.files[manifest.weights].sha256)
         backend.set_head(there[f"{manifest.classifier}.weight"], there[f"{manifest.classifier}.bias"])
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from doubles import make_images
-from running import SECONDS, Witness, cli, environment, finetune, interrupt_after, losses, resume
+from running import SECONDS, Witness, cli, environment, finetune, interrupt_after, losses, resume, settings
 
 pytest.importorskip("torch", reason="torch makes the artifacts, and the run to compare with")
 import timm
@@ -21,6 +21,7 @@ from edgetune.backends.ort import OrtBackend
 from edgetune.checkpoint import load_tensors
 from edgetune.errors import ArtifactsError, Interrupted
 from edgetune.report import RunReport, read_report
+from edgetune.run import settings_of_replay
 from edgetune.selections import SELECTIONS_FILE, read_selections
 from edgetune.units import MIB
 
@@ -143,6 +144,13 @@ def test_a_run_from_artifacts_is_replayed_by_torch(artifacts: Path, images: Path
     done = cli("finetune", "--replay", tmp_path / "ort", "--model", "x", "--output", tmp_path / "no")
     assert done.returncode == 2
     assert "settles --model" in done.stderr
+    copy = tmp_path / "copy"
+    shutil.copytree(artifacts, copy)
+    ort_run(copy, images, tmp_path / "moved")
+    (copy / "model.safetensors").rename(tmp_path / "elsewhere")
+    (copy / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactsError, match="is a link"):
+        settings_of_replay(tmp_path / "moved", settings(images))
 
 
 @pytest.mark.parametrize("step", [2, 6, 9])
