@@ -26,7 +26,7 @@ from edgetune.data.images import shown
 from edgetune.errors import BackendUnavailable, DataError, EdgetuneError, RunFolderError
 from edgetune.report import Tally
 from edgetune.settings import StoredRun
-from edgetune.store import MODEL_FILE, images_sha256, read_evaluation_tokens, read_stored
+from edgetune.store import MODEL_FILE, images_sha256, is_imported, read_evaluation_tokens, read_stored
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,11 @@ def evaluate(
 
 
 def _own_images(run: LoadedRun, note: Callable[[str], object]) -> DataFolder:
-    """The images that the run validated on, split as it did."""
+    """The images that the run validated on, split as it did. Raises: DataError, for a model without images of its own too."""
+    if is_imported(run.stored):
+        raise DataError(
+            f"{run.folder} holds a model that another device trained, without its images. Name images with --data."
+        )
     settings = run.stored.settings
     found = open_folder(
         settings.data or bundled_sample(),

@@ -171,7 +171,8 @@ def _check_options(method: Method, depth: int, trained_blocks: int | None, split
     if trained_blocks is not None and not 1 <= trained_blocks <= depth:
         raise UsageError(f"--trained-blocks must be between 1 and {depth}, the model's depth, not {trained_blocks}.")
     if split_block is not None and not 0 <= split_block < depth:
-        raise UsageError(f"--split must be `auto` or between 0 and {depth - 1}, not {split_block}.")
+        hint = " The head alone is trained by --method head." if split_block == depth else ""
+        raise UsageError(f"--split must be `auto` or between 0 and {depth - 1}, not {split_block}.{hint}")
     if method.name in ("full", "head") and (trained_blocks is not None or split_block not in (None, 0)):
         raise UsageError(f"--trained-blocks and --split mean nothing to --method {method.name}: try last-k or alast.")
     if trained_blocks is not None and split_block is not None:

@@ -16,13 +16,14 @@ import msgspec
 
 from edgetune import devices, system
 from edgetune import settings as settings_module
-from edgetune.artifacts.reading import read_manifest
+from edgetune.artifacts.manifest import Manifest
+from edgetune.artifacts.reading import check_files, read_manifest
 from edgetune.backends.base import Backend
 from edgetune.checkpoint import create_run_folder, open_run_folder
 from edgetune.checkpoint.tensors import open_tensors
 from edgetune.data import some
 from edgetune.engines import Built
-from edgetune.errors import CapExceeded, RunFolderError
+from edgetune.errors import ArtifactsError, CapExceeded, RunFolderError, UsageError
 from edgetune.guard import Guard, guarded, memory_ends
 from edgetune.job import Listener
 from edgetune.memory import MemoryMeter
@@ -38,6 +39,7 @@ from edgetune.store import (
     REPORT_FILE,
     Standing,
     images_sha256,
+    is_imported,
     read_plan,
     read_stored,
     restore,
@@ -108,14 +110,21 @@ def finetune(
         return train_and_report(Session(path, setup, stored, backend, standing, guard, began), listener)
 
 
-def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunReport:
-    """Go on with an interrupted run from its last checkpoint, bit for bit as if it had not stopped.
+def resume(path: Path, *, listener: Listener, data: str | None = None, artifacts: str | None = None) -> RunReport:
+    """Go on with an interrupted run from its last checkpoint, bit for bit as if it had not stopped. `data`, `artifacts`:
+    where its images, and what it trains from, are now.
 
     Raises: RunFolderError if there is nothing to resume; else as `finetune`. Before the first step, the folder stays as
     it was.
     """
     began = time.monotonic()
     stored = read_stored(path)  # before the lock, which would leave its file in a folder that is no run's
+    if is_imported(stored):
+        raise RunFolderError(
+            f"{path} holds a model that another device trained: there is nothing to resume. "
+            f"To train it further: edgetune finetune --model local-dir:{path}"
+        )
+    stored = _with_artifacts(path, stored, artifacts)
     told = _told_before(path)
     with memory_ends("in the run"), MemoryMeter() as meter, open_run_folder(path), ExitStack() as stack:
         settings = stored.settings if data is None else msgspec.structs.replace(stored.settings, data=data)
@@ -130,7 +139,7 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
         guard = stack.enter_context(guarded(settings.enforce, judge, meter, reserved_bytes(setup)))
         with meter.phase("load"), memory_ends("loading the run", guard):
             backend = build(setup, meter, pretrained=False).backend
-            standing = restore(path, setup.plan, backend)
+            standing = restore(path, setup.plan, backend, settings.artifacts)
             if setup.plan.prefix is None:
                 standing.restore_optimizer()
         if setup.plan.prefix is None:
@@ -144,6 +153,30 @@ def resume(path: Path, *, listener: Listener, data: str | None = None) -> RunRep
         notes = (*standing.notes, f"resumed at step {step}: this host's memory figures are of the part after it")
         standing = standing._replace(notes=notes)
         return train_and_report(Session(path, setup, stored, backend, standing, guard, began), listener)
+
+
+def _with_artifacts(path: Path, stored: StoredRun, moved: str | None) -> StoredRun:
+    """The run with where its artifacts are now.
+
+    Raises: UsageError for a run that is not from any; ArtifactsError if they are not there, or can't be used.
+    """
+    if moved is not None and stored.settings.artifacts is None:
+        raise UsageError(f"--artifacts: the run in {path} trains with torch, from none. Leave it out.")
+    folder = moved or stored.settings.artifacts
+    if folder is None:
+        return stored
+    _manifest_of(path, folder, f", or say where they are: --resume {path} --artifacts DIR")
+    return msgspec.structs.replace(stored, settings=msgspec.structs.replace(stored.settings, artifacts=folder))
+
+
+def _manifest_of(run: Path, artifacts: str, otherwise: str = "") -> Manifest:
+    """Of what a run began from. Raises: ArtifactsError saying what to do where they are gone or can't be used."""
+    try:
+        return read_manifest(Path(artifacts))
+    except ArtifactsError as error:
+        raise ArtifactsError(
+            f"{error} The run in {run} began from artifacts there: put them back{otherwise}."
+        ) from error
 
 
 def _check_data(path: Path, stored: StoredRun, setup: Setup) -> None:
@@ -176,8 +209,10 @@ def settings_of_replay(run: Path, own: RunSettings) -> RunSettings:
         model, weights, image_px = own.model, None, None
     elif there.artifacts is not None:
         # The run's folder says what model it is of, the artifacts hold the weights that it began from.
-        folder = Path(there.artifacts)
-        model, weights = f"local-dir:{run}", str(folder / read_manifest(folder).weights)
+        manifest = _manifest_of(run, there.artifacts)
+        check_files(Path(there.artifacts), manifest, (manifest.weights,))
+        weights = str(Path(there.artifacts) / manifest.weights)
+        model = f"local-dir:{run}"
     return msgspec.structs.replace(
         there,
         model=model,
@@ -215,8 +250,9 @@ def _begin_as(run: Path, backend: Backend) -> None:
     artifacts = read_stored(run).settings.artifacts
     if artifacts is None or not backend.has_linear_head:
         return
-    manifest = read_manifest(Path(artifacts))
+    manifest = _manifest_of(run, artifacts)
     if manifest.classifier is not None:
+        check_files(Path(artifacts), manifest, (manifest.weights,))
         there = open_tensors(Path(artifacts) / manifest.weights, manifest.files[manifest.weights].sha256)
         backend.set_head(there[f"{manifest.classifier}.weight"], there[f"{manifest.classifier}.bias"])
 

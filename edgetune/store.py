@@ -33,13 +33,13 @@ from edgetune.checkpoint import (
     write_atomically,
 )
 from edgetune.cost import Selection, TokenScore
-from edgetune.data import DataFolder
-from edgetune.errors import RunFolderError, UsageError
+from edgetune.data import DataFolder, Preprocess
+from edgetune.errors import ArtifactsError, EdgetuneError, RunFolderError, UsageError
 from edgetune.job import Listener, StepEvent, TrainingState
 from edgetune.methods import METHODS, Method
 from edgetune.planner import PLAN_FORMAT_VERSION, Plan
 from edgetune.report import MetricsLog, Scores
-from edgetune.settings import StoredRun, check
+from edgetune.settings import RunSettings, StoredRun, check
 
 TOKENS_KEY, SCORE_KEY = "edgetune_evaluation_tokens", "edgetune_token_score"
 RUN_FILE, PLAN_FILE, REPORT_FILE = "run.json", "plan.json", "report.json"
@@ -135,10 +135,10 @@ class Standing(NamedTuple):
     restore_optimizer: Callable[[], None] = lambda: None
 
 
-def restore(folder: Path, plan: Plan, backend: Backend) -> Standing:
-    """Put the last good checkpoint's weights back into the backend.
+def restore(folder: Path, plan: Plan, backend: Backend, artifacts: str | None = None) -> Standing:
+    """Put the last good checkpoint's weights back into the backend. `artifacts`: where its graphs are from, if they are.
 
-    Raises: RunFolderError if there is none, or it does not belong to the plan.
+    Raises: RunFolderError if there is none, or it does not belong to the plan; ArtifactsError if the artifacts are others.
     """
     found = latest_checkpoint(folder)
     if found is None:
@@ -150,20 +150,24 @@ def restore(folder: Path, plan: Plan, backend: Backend) -> Standing:
             "one of them is another run's."
         )
     try:
+        lacking = set() if artifacts is None else set(backend.model_tensors())
         for name, array in read_base(folder, checkpoint.base_sha256):
             backend.restore({name: array}, {}, {})
+            lacking.discard(name)
             del array  # before the next one is read
+        if lacking:
+            raise RuntimeError(f"they have {', '.join(sorted(lacking)[:3])} besides")
         trained = _Part(tensors, MODEL_PREFIX)
         for name in trained:
             backend.restore({name: trained[name]}, {}, {})
     except (KeyError, RuntimeError) as error:  # a tensor that the model lacks, or has in another shape
-        raise _foreign(folder, error) from error
+        raise _foreign(folder, error, artifacts) from error
 
     def restore_optimizer() -> None:
         try:
             backend.restore({}, _Part(tensors, OPTIMIZER_PREFIX), checkpoint.optimizer.steps)
         except (KeyError, RuntimeError) as error:
-            raise _foreign(folder, error) from error
+            raise _foreign(folder, error, artifacts) from error
 
     try:
         state = msgspec.convert(checkpoint.training, TrainingState)
@@ -173,8 +177,14 @@ def restore(folder: Path, plan: Plan, backend: Backend) -> Standing:
     return Standing(state, write, notes, checkpoint.base_sha256, restore_optimizer)
 
 
-def _foreign(folder: Path, error: Exception) -> RunFolderError:
-    return RunFolderError(f"the checkpoint in {folder} does not belong to the run's model: {error}.")
+def _foreign(folder: Path, error: Exception, artifacts: str | None) -> EdgetuneError:
+    if artifacts is None:
+        return RunFolderError(f"the checkpoint in {folder} does not belong to the run's model: {error}.")
+    what = f"they lack {error}" if isinstance(error, KeyError) else str(error)
+    return ArtifactsError(
+        f"the artifacts in {artifacts} are of another model than the run in {folder} began from: {what}. Put those back "
+        f"there, or name their place: --resume {folder} --artifacts DIR."
+    )
 
 
 class LoggedListener:
@@ -220,6 +230,39 @@ def trainable_space(plan: Plan) -> Selection:
     depth = len(plan.token_ceiling)
     lowest = plan.split_block if plan.draws else depth - plan.trained_blocks
     return Selection(tuple(block >= lowest for block in range(depth)), plan.token_ceiling, plan.embeddings_train)
+
+
+def write_imported(
+    folder: Path,
+    *,
+    model: str,
+    artifacts: Path,
+    classes: tuple[str, ...],
+    preprocess: Preprocess,
+    architecture: str,
+    model_args: dict[str, object],
+) -> None:
+    """run.json of a model that was trained from these artifacts on another device: it has no images of its own.
+
+    Raises: RunFolderError.
+    """
+    place = os.fsencode(artifacts).decode("utf-8", "backslashreplace")  # JSON holds no other bytes
+    stored = StoredRun(
+        settings=RunSettings(model=model, backend="ort", artifacts=place),
+        classes=classes,
+        train_images=0,
+        val_images=0,
+        images_sha256="",
+        preprocess=preprocess,
+        architecture=architecture,
+        model_args=model_args,
+    )
+    write_json(folder / RUN_FILE, stored)
+
+
+def is_imported(stored: StoredRun) -> bool:
+    """Whether the folder holds a model that another device trained: no steps were taken in it, no images are its own."""
+    return not stored.train_images
 
 
 def read_stored(folder: Path) -> StoredRun:

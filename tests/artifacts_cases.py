@@ -122,7 +122,7 @@ def make_artifacts(folder: Path, **changes: Any) -> Manifest:
             settings=AlastSettings(),
             token_floor={variant.name: 0.5 for variant in variants},
             token_multiple=8,
-            trained_blocks={variant.name: 1 for variant in variants},
+            trained_blocks={variant.name: min(1, DEPTH - variant.split_block) for variant in variants},
         ),
         files={},
     )

@@ -109,7 +109,7 @@ def test_the_asked_k_and_split_are_kept() -> None:
         ("alast", 13, None, "--trained-blocks must be between 1 and 12"),
         ("last-k", -1, None, "--trained-blocks must be between 1 and 12"),
         ("alast", None, -1, "between 0 and 11"),
-        ("alast", None, 12, "between 0 and 11"),
+        ("alast", None, 12, "between 0 and 11, not 12. The head alone is trained by --method head."),
         ("random-k", 5, 8, "more than the 4 blocks above --split 8"),
         ("last-k", 3, 8, "last-k trains all 4 blocks above"),
         ("full", 3, None, "mean nothing to --method full"),

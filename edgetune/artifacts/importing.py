@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from edgetune.artifacts.agreement import check_weights
 from edgetune.artifacts.manifest import Manifest, Variant
 from edgetune.artifacts.reading import check_files, read_manifest
 from edgetune.checkpoint import load_tensors, save_tensors, write_atomically
@@ -30,9 +31,10 @@ def import_parameters(
     """
     manifest = read_manifest(artifacts)
     check_files(artifacts, manifest, (manifest.weights,))
+    check_weights(artifacts, manifest)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunFolderError(f"{output} is not empty. Name another folder for --output.")
-    classes = _classes(manifest, labels)
+    classes = class_names(manifest, labels)
     with disk_errors(buffer, "read"):
         values = np.fromfile(buffer, "<f4")
         odd = buffer.stat().st_size % FLOAT_BYTES
@@ -61,12 +63,12 @@ def import_parameters(
     save_tensors(output / "model.safetensors", tensors, {"format": "pt"})
     return [
         f"{found.name}: {changed} of its {len(found.parameters)} parameters differ from the artifacts'",
-        f"model folder: {output} (timm.create_model('local-dir:{output}', pretrained=True))",
+        f"run folder: {output} (timm.create_model('local-dir:{output}', pretrained=True))",
     ]
 
 
-def _classes(manifest: Manifest, labels: Path | None) -> tuple[str, ...]:
-    """One name a logit."""
+def class_names(manifest: Manifest, labels: Path | None) -> tuple[str, ...]:
+    """One name a logit. `labels`: as `import_parameters`. Raises: DataError."""
     numbered = tuple(f"class {number}" for number in range(manifest.shape.classes))
     if labels is None:
         return manifest.classes or numbered

@@ -229,8 +229,21 @@ def _no_such_variant(manifest: Manifest, request: PlanRequest) -> str:
     wanted = ", ".join(map(str, request.space.splits[:4]))
     return (
         f"--method {request.space.name} would begin to train at block {wanted}; these artifacts hold {cuts(manifest)}. "
-        "Choose one of these with --split, or export with --split N."
+        f"{_ways(manifest, request.shape.depth)}, or export with --split N."
     )
+
+
+def _ways(manifest: Manifest, depth: int) -> str:
+    """The flags under which the variants train."""
+    blocks = [str(each.split_block) for each in manifest.variants if not each.embeddings_train]
+    flags = (
+        [f"--split {' or '.join(block for block in blocks if block != str(depth))}"]
+        if set(blocks) - {str(depth)}
+        else []
+    )
+    flags += ["--method head"] if str(depth) in blocks else []
+    flags += ["--method full"] if any(each.embeddings_train for each in manifest.variants) else []
+    return f"Choose {', '.join(flags)}"
 
 
 def _finish(

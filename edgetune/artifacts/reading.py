@@ -17,10 +17,14 @@ from edgetune.errors import ArtifactsError
 
 _MAX_MANIFEST_BYTES = 16 * 1024**2
 _CHUNK_BYTES = 1024**2
+# By another name the runtime would take a file for a format of its own, which nobody looks into here.
+GRAPH_SUFFIX = ".onnx"
 # No Vision Transformer is as large: planning for what a hostile manifest claims must not take the machine's memory.
 _MOST = {"depth": 1024, "classes": 1_000_000, "patch_tokens": 2**20, "prefix_tokens": 2**10}
 _MOST_ELSE = 2**17
 _MOST_PARAMETERS = 2**40
+# What timm's names of Vision Transformers begin with (vision_transformer.py, deit.py, vision_transformer_hybrid.py).
+_ARCHITECTURES = ("vit_", "deit_", "deit3_", "flexivit_", "eva_", "beit3_", "aimv2_", "test_vit")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -31,10 +35,12 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST_FILE
     try:
-        if path.is_symlink():
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode):
             raise _is_a_link(path)
-        size = path.stat().st_size
-        if size > _MAX_MANIFEST_BYTES:
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for, a device never ends
+            raise _is_not_plain(path)
+        if status.st_size > _MAX_MANIFEST_BYTES:
             raise ArtifactsError(f"{path} is damaged: no manifest is as large.")
         data = path.read_bytes()
     except OSError as error:
@@ -75,6 +81,12 @@ def paths_of(manifest: Manifest, variant: Variant) -> tuple[str, ...]:
     return (*(path for path in own if path is not None), *optimizers)
 
 
+def graphs_of(manifest: Manifest) -> set[str]:
+    """Every graph of the folder."""
+    checkpoints = {variant.checkpoint for variant in manifest.variants}
+    return {path for variant in manifest.variants for path in paths_of(manifest, variant)} - checkpoints
+
+
 def is_inside(path: str) -> bool:
     """Whether a path is relative, plain and stays in its folder: no `..`, no root, drive or backslash."""
     parts = path.split("/")
@@ -91,7 +103,7 @@ def check_files(folder: Path, manifest: Manifest, only: tuple[str, ...] | None =
     for name in manifest.files if only is None else only:
         entry = manifest.files[name]
         path = folder / name
-        _check_plain(folder, name)
+        check_plain(folder, name)
         with disk_errors(path, "read"):
             if root not in path.resolve().parents:
                 raise ArtifactsError(f"{path} leads out of its folder. Export it again.")
@@ -104,8 +116,8 @@ def check_files(folder: Path, manifest: Manifest, only: tuple[str, ...] | None =
                 )
 
 
-def _check_plain(folder: Path, name: str) -> None:
-    """No link on the way to the file, and a file at its end."""
+def check_plain(folder: Path, name: str) -> None:
+    """That no link is on the way to a file of the folder, and a plain file at its end. Raises: ArtifactsError."""
     path = folder
     for part in name.split("/"):
         path = path / part
@@ -118,7 +130,11 @@ def _check_plain(folder: Path, name: str) -> None:
         if stat.S_ISLNK(mode):
             raise _is_a_link(path)
     if not stat.S_ISREG(mode):
-        raise ArtifactsError(f"{path} is no plain file. Export it again.")
+        raise _is_not_plain(path)
+
+
+def _is_not_plain(path: Path) -> ArtifactsError:
+    return ArtifactsError(f"{path} is no plain file. Copy the file itself there, or export it again.")
 
 
 def _is_a_link(path: Path) -> ArtifactsError:
@@ -153,6 +169,8 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
     yield from _wrong_sizes(shape)
     if manifest.config.get("architecture", manifest.architecture) != manifest.architecture:
         yield "its config is of another architecture"
+    if not manifest.architecture.startswith(_ARCHITECTURES):
+        yield f"{manifest.architecture[:60]!r} is no Vision Transformer of timm's"
     if not manifest.variants:
         yield "it has no variant"
     names = [variant.name for variant in manifest.variants]
@@ -160,6 +178,8 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield "two variants have the same name"
     if len(manifest.classes) not in (0, shape.classes) or shape.classes < 1:
         yield f"it names {len(manifest.classes)} classes of {shape.classes}"
+    if len(set(manifest.classes)) < len(manifest.classes):
+        yield "it names a class twice"
     if not {"adamw", "sgd"} <= set(manifest.optimizers):
         yield "an optimizer is missing"
     if manifest.adaptive is not None:
@@ -167,8 +187,15 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
             yield "token_floor lacks a variant"
         if not all(0 < share <= 1 for share in manifest.adaptive.token_floor.values()):
             yield "a token_floor is no share"
+        for variant in manifest.variants:
+            drawn, above = manifest.adaptive.trained_blocks.get(variant.name), depth - variant.split_block
+            if drawn is None or not min(1, above) <= drawn <= above:
+                yield f"trained_blocks of variant {variant.name} is {drawn}, of {above} blocks"
     for variant in manifest.variants:
         yield from _wrong_in(variant, depth)
+    for path in graphs_of(manifest):
+        if not path.endswith(GRAPH_SUFFIX):
+            yield f"{path!r} is no {GRAPH_SUFFIX} file"
 
 
 def _wrong_sizes(shape: ViTShape) -> Iterator[str]:

@@ -10,23 +10,34 @@ import ctypes
 import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from edgetune.artifacts.agreement import check_variant
 from edgetune.artifacts.manifest import Manifest, Variant, variant_at
 from edgetune.backends.arrays import ArrayTensor
 from edgetune.backends.base import Array, Images, Labels, Looked, StepResult
 from edgetune.backends.ort_runtime import inference, session_options, training_api
 from edgetune.checkpoint.tensors import open_tensors
 from edgetune.cost import Selection, TokenScore
-from edgetune.errors import ArtifactsError, DataError, UnsupportedModel
+from edgetune.errors import ArtifactsError, DataError, EdgetuneError, UnsupportedModel
 from edgetune.optim import Optimizer, OptimizerSettings, named_state
 from edgetune.regions import region_of, trains
 
 Floats = npt.NDArray[np.float32]
+
+# How the runtime says that a graph is not what it was fed or opened for. Whatever else it says while it runs may be memory.
+_REFUSALS = (
+    "INVALID_ARGUMENT",
+    "INVALID_GRAPH",
+    "INVALID_PROTOBUF",
+    "NOT_IMPLEMENTED",
+    "Non-zero status code returned",
+)
 
 
 class _Live(NamedTuple):
@@ -164,7 +175,8 @@ class OrtBackend:
         }
         if len(tokens) != depth:
             raise ValueError(f"{len(tokens)} token counts for {depth} blocks")
-        found = live.module(*(feeds[each.name] for each in live.variant.inputs))
+        with _in_words(self.folder, f"variant {live.variant.name} can't be run", _REFUSALS):
+            found = live.module(*(feeds[each.name] for each in live.variant.inputs))
         return dict(zip(live.variant.outputs, found, strict=True))
 
     def _stream(self, inputs: Array, tokens: Sequence[int], cached_blocks: int) -> tuple[Array, Floats]:
@@ -223,10 +235,12 @@ class OrtBackend:
             options.add_session_config_entry("session.disable_prepacking", "1")
             self._give_changed(options)
             path = str(self.folder / self.variant.prefix_graph)
-            self._prefix = inference().InferenceSession(path, options, providers=["CPUExecutionProvider"])
+            with _in_words(self.folder, f"{self.variant.prefix_graph} can't be loaded"):
+                self._prefix = inference().InferenceSession(path, options, providers=["CPUExecutionProvider"])
         feeds = {"images": np.ascontiguousarray(images, np.float32), "tokens": np.asarray(tokens, np.int64)}
         wanted = [each.name for each in self.variant.prefix_inputs]
-        found = self._prefix.run(None, {name: feeds[name] for name in wanted})
+        with _in_words(self.folder, f"{self.variant.prefix_graph} can't be run", _REFUSALS):
+            found = self._prefix.run(None, {name: feeds[name] for name in wanted})
         return found[0], found[1] if len(found) > 1 else np.zeros(0, np.float32)
 
     def _give_changed(self, options: Any) -> None:
@@ -276,6 +290,7 @@ class OrtBackend:
             self._changed |= {name: values.copy() for name, values in self._live.values.items()}
         self._live = self._prefix = None
         gc.collect()
+        check_variant(self.folder, self.manifest, variant)  # which nobody has looked at yet
         self.variant = variant
 
     def use_split(self, split_block: int, *, embeddings_train: bool) -> None:
@@ -351,12 +366,12 @@ class _Tensors(Mapping[str, Array]):
 
 
 def load_variant(folder: Path, variant: Variant, threads: int) -> _Live:
-    """A variant's training and eval graphs, at the weights of its checkpoint.
+    """A variant's training and eval graphs, at the weights of its checkpoint; `check_variant` is to be called before.
 
     Raises: ArtifactsError if the runtime refuses them, or they hold other parameters than the manifest says.
     """
     api = training_api()
-    try:
+    with _in_words(folder, f"variant {variant.name} can't be loaded"):
         state = api.CheckpointState.load_checkpoint(str(folder / variant.checkpoint))
         module = api.Module(
             str(folder / variant.training_graph),
@@ -364,26 +379,49 @@ def load_variant(folder: Path, variant: Variant, threads: int) -> _Live:
             str(folder / variant.eval_graph),
             session_options=session_options(threads),
         )
-    except RuntimeError as error:
-        if "alloc" in str(error).lower():
-            raise
-        raise ArtifactsError(f"{folder}: variant {variant.name} can't be loaded: {str(error)[:300]}") from error
     values, gradients = {}, {}
     for each in variant.parameters:
         if each.name not in state.parameters:
             raise ArtifactsError(
                 f"{folder}: the checkpoint of variant {variant.name} lacks {each.name}. Export it again."
             )
-        parameter = state.parameters[each.name]._parameter
-        values[each.name] = _view(parameter.data, each.shape)
+        with _in_words(folder, f"{each.name} of variant {variant.name} can't be reached"):
+            parameter = state.parameters[each.name]._parameter
+            data, gradient = parameter.data, parameter.grad if each.trained else None
+        place = f"{folder}: the checkpoint of variant {variant.name}"
+        values[each.name] = _view(data, each.shape, f"{place} has {each.name}")
         if each.trained:
-            gradients[each.name] = _view(parameter.grad, each.shape)
+            gradients[each.name] = _view(gradient, each.shape, f"{place} has the gradient of {each.name}")
     return _Live(variant, module, state, values, gradients)
 
 
-def _view(value: Any, shape: Sequence[int]) -> Floats:
+@contextmanager
+def _in_words(folder: Path, what: str, signs: tuple[str, ...] = ("",)) -> Iterator[None]:
+    """What the runtime refuses (with one of `signs` in its message) as an ArtifactsError.
+
+    What may be memory that ran out goes on as it is: whoever runs the steps sees to that.
+    """
+    try:
+        yield
+    except Exception as error:  # some of the runtime's errors have no kind in common but this
+        text = str(error)
+        memory = isinstance(error, MemoryError) or "alloc" in text.lower()
+        if memory or isinstance(error, EdgetuneError) or not any(sign in text for sign in signs):
+            raise
+        own = " ".join(
+            text.rsplit("[ONNXRuntimeError] : ", 1)[-1].split()
+        )  # before that stands the runtime's source code
+        raise ArtifactsError(
+            f"{folder}: {what}: {own[:300]}. It is damaged, or contradicts the manifest: export it again."
+        ) from error
+
+
+def _view(value: Any, shape: Sequence[int], whose: str) -> Floats:
     """The runtime's own memory as an array. Raises: ArtifactsError if it has another shape or type."""
     if tuple(value.shape()) != tuple(shape) or value.data_type() != "tensor(float)":
-        raise ArtifactsError(f"a parameter is {value.data_type()} {value.shape()}, not float32 {list(shape)}")
+        kind = "float32" if value.data_type() == "tensor(float)" else value.data_type()
+        raise ArtifactsError(
+            f"{whose} as {kind} {list(value.shape())}, the manifest as float32 {list(shape)}. Export it again."
+        )
     floats = (ctypes.c_float * math.prod(shape)).from_address(value.data_ptr())
     return np.ctypeslib.as_array(floats).reshape(shape)

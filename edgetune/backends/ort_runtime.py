@@ -13,6 +13,7 @@ import sys
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +44,42 @@ def _imported(name: str) -> Any:
     try:
         with _without_torch():
             runtime = importlib.import_module("onnxruntime")
+            _check(runtime)
             if "onnxruntime.training" not in sys.modules:
-                folder = Path(runtime.__file__ or "").parent / "training"
-                if not folder.is_dir():
-                    raise BackendUnavailable(_plain_runtime(runtime))
                 package = types.ModuleType("onnxruntime.training")
-                package.__path__ = [str(folder)]
+                package.__path__ = [str(_training_folder(runtime))]
                 sys.modules["onnxruntime.training"] = package
                 setattr(runtime, "training", package)  # noqa: B010 - what the import system would do
             found = importlib.import_module(name)
     except ImportError as error:
         raise BackendUnavailable(_missing(error)) from error
-    version = str(runtime.__version__)
-    if not version.startswith("1.19."):
-        raise BackendUnavailable(
-            f"ONNX Runtime {version} is installed; artifacts are for {VERSION}, the last with a training API: "
-            f"pip install {DISTRIBUTION}=={VERSION}"
-        )
     runtime.set_default_logger_severity(3)
     return found
+
+
+def _check(runtime: Any) -> None:
+    """Raises: BackendUnavailable for an `onnxruntime` that is not the training package's; ImportError for an empty one."""
+    if (
+        getattr(runtime, "__file__", None) is None
+    ):  # a folder that pip left behind: Python takes it for a package without code
+        raise ImportError(f"{', '.join(runtime.__path__)} is there, without the package's code")
+    version = str(getattr(runtime, "__version__", "of an unknown version"))
+    if not version.startswith("1.19."):
+        raise BackendUnavailable(
+            f"ONNX Runtime {version} is installed; artifacts are for {VERSION}, the last with a training API. Plain "
+            f"`onnxruntime` may lie in the place of `{DISTRIBUTION}`. {_reinstall()}"
+        )
+    # Plain onnxruntime of the same version leaves the folder as it was, and puts a library without training into its place.
+    library = importlib.import_module("onnxruntime.capi._pybind_state")
+    if not _training_folder(runtime).is_dir() or not hasattr(library, "CheckpointState"):
+        raise BackendUnavailable(
+            f"the onnxruntime that is installed ({version}) can't train: plain `onnxruntime` lies in the place of "
+            f"`{DISTRIBUTION}`. {_reinstall()}"
+        )
+
+
+def _training_folder(runtime: Any) -> Path:
+    return Path(runtime.__file__).parent / "training"
 
 
 @contextmanager
@@ -78,11 +96,9 @@ def _without_torch() -> Iterator[None]:
             sys.modules["torch"] = hidden
 
 
-def _plain_runtime(runtime: Any) -> str:
-    return (
-        f"the onnxruntime that is installed ({runtime.__version__}) can't train: plain `onnxruntime` lies in the place of "
-        f"`{DISTRIBUTION}`. Try: pip uninstall onnxruntime; pip install --force-reinstall {DISTRIBUTION}=={VERSION}"
-    )
+def _reinstall() -> str:
+    """For where pip believes that all is there, and would do nothing."""
+    return f"Try: pip uninstall onnxruntime {DISTRIBUTION}; pip install --force-reinstall {DISTRIBUTION}=={VERSION}"
 
 
 def _missing(error: ImportError) -> str:
@@ -92,7 +108,11 @@ def _missing(error: ImportError) -> str:
             f"training from artifacts needs {DISTRIBUTION} {VERSION}, which has no wheel for {here}; there are wheels for "
             f"{_WHEELS}. Use one of these, or train with torch: --backend torch."
         )
-    return f"training from artifacts needs {DISTRIBUTION} ({error}). Install it with: pip install 'edgetune[ort]'"
+    try:
+        metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return f"training from artifacts needs {DISTRIBUTION} ({error}). Install it with: pip install 'edgetune[ort]'"
+    return f"{DISTRIBUTION} is installed and can't be imported ({error}): it is damaged. {_reinstall()}"
 
 
 def has_wheel(system: str, machine: str, python: tuple[int, ...]) -> bool:

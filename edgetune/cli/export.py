@@ -109,7 +109,10 @@ def export(
         threads=threads,
         verify=not no_verify,
     )
-    manifest = export_artifacts(request, output, room_bytes=_room_bytes(device, ram_cap), note=_note)
+    room = _room_bytes(device, ram_cap)
+    for note in _device_notes(device):
+        _note(note)
+    manifest = export_artifacts(request, output, room_bytes=room, note=_note)
     for variant in manifest.variants:
         _print(_row(variant))
     _print(f"artifacts: {output}")
@@ -207,6 +210,24 @@ def _room_bytes(device: str | None, ram_cap: str | None) -> int | None:
     return cap - (ASSUMED_ORT_BYTES if stated is None else stated.bytes)
 
 
+def _device_notes(device: str | None) -> list[str]:
+    """What a device's profile leaves unsaid that a run from artifacts would want to know."""
+    if device is None:
+        return []
+    from edgetune import devices
+    from edgetune.judge import ASSUMED_ORT_BYTES, is_this_machine, stated_runtime
+    from edgetune.units import format_bytes
+
+    profile = devices.find_device(device)
+    if is_this_machine(profile) or stated_runtime(profile, "ort") is not None:
+        return []
+    return [
+        f"note: {profile.id} states no runtime for ONNX Runtime ([runtime.ort] in its profile): {format_bytes(ASSUMED_ORT_BYTES)} "
+        f"are taken for it, as on x86. `finetune --backend ort --device {device}` simulates no such device; on the device itself "
+        "train with --device auto."
+    ]
+
+
 def _cap(device: str | None, ram_cap: str | None) -> tuple[int, DeviceProfile] | None:
     """(the cap that was named, the device); None where nobody named a device or a cap."""
     if device is None and ram_cap is None:
@@ -235,10 +256,10 @@ def import_params(
     variant: Annotated[str | None, _option("--variant", help="Which; default: the one of that size.")] = None,
     labels: Annotated[Path | None, _option("--labels", help="Names of the classes, one a line.")] = None,
 ) -> None:
-    """A model folder from the parameters that a phone or a page hands back."""
-    from edgetune.artifacts.importing import import_parameters
+    """A run folder from the parameters that a phone or a page hands back."""
+    from edgetune.export.returned import import_run
 
-    for line in import_parameters(buffer, artifacts, output, variant, labels):
+    for line in import_run(buffer, artifacts, output, variant, labels):
         _print(line)
 
 

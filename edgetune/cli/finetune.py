@@ -563,15 +563,15 @@ def _absolute_model(model: str | None) -> str | None:
 
 def _resume(folder: Path, given: dict[str, Any], output: Path | None, plan: Path | None, terminal: Any) -> Any:
     files = {"output": output, "plan": plan}
-    changed = set(given) - {"data"} | {name for name, file in files.items() if file is not None}
+    changed = set(given) - {"data", "artifacts"} | {name for name, file in files.items() if file is not None}
     if changed:
         raise UsageError(
             f"--resume goes on with the run as it was started; {_flags(changed)} can't be changed. "
-            "Only --data may be given with it, if the images have moved."
+            "Only --data and --artifacts may be given with it, if the images or the artifacts have moved."
         )
     from edgetune import run
 
-    return run.resume(folder, data=given.get("data"), listener=terminal)
+    return run.resume(folder, data=given.get("data"), artifacts=given.get("artifacts"), listener=terminal)
 
 
 def _replayed(replay: Path, given: dict[str, Any], plan: Path | None) -> RunSettings:

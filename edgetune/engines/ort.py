@@ -9,8 +9,9 @@ import msgspec
 
 from edgetune import runtimes
 from edgetune.artifacts import plan as planning
+from edgetune.artifacts.agreement import check_variant, check_weights
 from edgetune.artifacts.manifest import Manifest, variant_at
-from edgetune.artifacts.reading import check_files, paths_of, read_manifest
+from edgetune.artifacts.reading import read_manifest
 from edgetune.cost import ViTShape
 from edgetune.data import DataFolder, Preprocess, some
 from edgetune.engines.base import Built, ClassWeights
@@ -35,8 +36,12 @@ def warm_up(settings: RunSettings, threads: int) -> tuple[str, ...]:
 
 
 def describe(settings: RunSettings, classes: int) -> tuple[ViTShape, Preprocess]:
-    """The artifacts' own shape, whose number of classes is fixed."""
-    manifest = manifest_of(settings)[1]
+    """The artifacts' own shape, whose number of classes is fixed, once it is known to be that of their weights.
+
+    Raises: ArtifactsError.
+    """
+    folder, manifest = manifest_of(settings)
+    check_weights(folder, manifest)
     return manifest.shape, manifest.preprocess
 
 
@@ -88,7 +93,7 @@ def build(
 
     folder, manifest = manifest_of(settings)
     variant = variant_at(manifest, plan.split_block, embeddings_train=plan.embeddings_train)
-    check_files(folder, manifest, (manifest.weights, *paths_of(manifest, variant)))
+    check_variant(folder, manifest, variant)
     backend = OrtBackend(
         folder,
         manifest,

@@ -30,7 +30,7 @@ from edgetune.artifacts.reading import file_sha256, files_in, read_manifest
 from edgetune.checkpoint import save_tensors, write_atomically
 from edgetune.checkpoint.tensors import read_layout
 from edgetune.cost import Selection, StepSetup, ViTShape, step_peak_bytes
-from edgetune.errors import EdgetuneError, UnsupportedModel
+from edgetune.errors import EdgetuneError, UnsupportedModel, UsageError
 from edgetune.methods import DRAWN_SHARE, adaptive_obstacle
 from edgetune.optim import OptimizerSettings
 from edgetune.planner import TOKEN_MULTIPLE, default_token_floor
@@ -130,7 +130,11 @@ HYBRID_STEM = "HybridEmbed"
 
 
 def _splits(model: Any, depth: int, request: ExportRequest) -> tuple[int, ...]:
-    """Where the model is cut. Raises: UnsupportedModel naming the module that ONNX Runtime's gradients leave no way for."""
+    """Where the model is cut.
+
+    Raises: UsageError for a block that the model has not; UnsupportedModel naming the module that ONNX Runtime's gradients
+    leave no way for.
+    """
     blocks = {type(block).__name__ for block in model.blocks}
     if "ParallelThingsBlock" in blocks:
         raise UnsupportedModel(
@@ -138,6 +142,12 @@ def _splits(model: Any, depth: int, request: ExportRequest) -> tuple[int, ...]:
             "ONNX Runtime 1.19.2 builds no gradient graph. Train it with torch, or try a plain vit_* or deit_* model."
         )
     splits = ladder(depth) if request.splits is None else request.splits
+    beyond = [split for split in splits if not 0 <= split <= depth]
+    if beyond:
+        raise UsageError(
+            f"--split {','.join(map(str, beyond))}: the model has {depth} blocks. Name numbers from 0 (everything trains) to {depth} (the "
+            "head alone)."
+        )
     stem = type(model.patch_embed).__name__
     if stem != HYBRID_STEM:
         return splits

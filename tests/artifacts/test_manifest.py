@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,28 @@ def test_a_manifest_that_is_a_link_is_refused(folder: Path, tmp_path: Path) -> N
         read_manifest(folder)
 
 
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(folder: Path) -> None:
+    (folder / MANIFEST_FILE).unlink()
+    os.mkfifo(folder / MANIFEST_FILE)
+    with pytest.raises(ArtifactsError, match=r"manifest.json is no plain file"):
+        read_manifest(folder)
+
+
+def test_every_vision_transformer_of_timm_may_be_named(folder: Path) -> None:
+    manifest = read_manifest(folder)
+    known = json.loads((ROOT / "edgetune" / "assets" / "models.json").read_text())
+    others = (
+        "vit_tiny_r_s16_p8_224",
+        "aimv2_large_patch14_224",
+        "beit3_base_patch16_224",
+        "test_vit",
+    )  # timm's to build
+    for name in (*known, *others):
+        config = {**manifest.config, "architecture": name}
+        write(folder, msgspec.structs.replace(manifest, architecture=name, config=config))
+        assert read_manifest(folder).architecture == name
+
+
 def test_a_damaged_a_short_and_a_missing_file_are_told_by_name(folder: Path) -> None:
     manifest = read_manifest(folder)
     graph = folder / "upper-2" / "training_model.onnx"
@@ -144,6 +167,7 @@ def test_a_damaged_a_short_and_a_missing_file_are_told_by_name(folder: Path) -> 
         (lambda value: value.update(ir_version=11), "damaged"),
         (lambda value: value.update(variants=[]), "no variant"),
         (lambda value: value.update(classes=["one"]), "names 1 classes of 3"),
+        (lambda value: value.update(classes=["ant", "bee", "bee"]), "names a class twice"),
         (lambda value: value["variants"].append(value["variants"][0]), "same name"),
         (lambda value: value["variants"][1].update(split_block=9), "cut at block 9 of 4"),
         (lambda value: value["variants"][1].update(prefix_graph=None), "prefix"),
@@ -153,6 +177,24 @@ def test_a_damaged_a_short_and_a_missing_file_are_told_by_name(folder: Path) -> 
         (lambda value: value["optimizers"].pop("sgd"), "optimizer is missing"),
         (lambda value: value["adaptive"].update(token_floor={}), "token_floor"),
         (lambda value: value["files"]["all/checkpoint"].update(sha256="0"), "damaged"),
+        (
+            lambda value: (value.update(architecture="resnet50"), value["config"].update(architecture="resnet50")),
+            "'resnet50' is no Vision Transformer",
+        ),
+        (
+            lambda value: value["adaptive"]["trained_blocks"].update({"upper-2": 0}),
+            "trained_blocks of variant upper-2 is 0, of 2 blocks",
+        ),
+        (lambda value: value["adaptive"]["trained_blocks"].update({"upper-2": 99}), "is 99, of 2 blocks"),
+        (lambda value: value["adaptive"]["trained_blocks"].update(head=1), "variant head is 1, of 0 blocks"),
+        (lambda value: value["adaptive"].update(trained_blocks={}), "variant all is None"),
+        (
+            lambda value: (
+                value["variants"][0].update(training_graph="all/graph.ort"),
+                value["files"].update({"all/graph.ort": {"bytes": 0, "sha256": "0" * 64}}),
+            ),
+            "'all/graph.ort' is no .onnx file",
+        ),
     ],
 )
 def test_a_manifest_that_is_of_another_version_or_contradicts_itself_is_refused(

@@ -123,6 +123,20 @@ def test_what_artifacts_can_not_do_is_refused_by_its_flag(
         plan(manifest, request(1000, **changes))
 
 
+def test_what_is_offered_in_place_of_a_split_can_be_asked_for(manifest: Manifest) -> None:
+    with pytest.raises(UsageError, match=r"Choose --split 0 or 2, --method head, or export with --split N\.$"):
+        plan(manifest, request(1000, split_block=3))
+    for asked in ({"split_block": 0}, {"split_block": 2}, {"method": "head"}):
+        assert plan(manifest, request(1000, **asked))
+    head = msgspec.structs.replace(manifest, variants=manifest.variants[-1:])
+    with pytest.raises(UsageError, match=r"Choose --method head, or export"):
+        plan(head, request(1000, split_block=3))
+    first = msgspec.structs.replace(manifest.variants[0], name="full", embeddings_train=True)
+    full = msgspec.structs.replace(manifest, variants=(first, manifest.variants[1]))
+    with pytest.raises(UsageError, match=r"Choose --split 2, --method full, or export"):
+        plan(full, request(1000, split_block=3))
+
+
 def test_without_measurements_no_cap_can_be_held(tmp_path: Path) -> None:
     manifest = make_artifacts(tmp_path / "artifacts")
     bare = tuple(msgspec.structs.replace(variant, measured=None) for variant in manifest.variants)

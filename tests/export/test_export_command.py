@@ -79,6 +79,7 @@ def test_parity_sees_a_graph_that_computes_something_else(artifacts: Path, tiny_
     graph = onnx.load(str(optimizer))
     bake(graph, SCHEDULE)  # a rate of its own
     onnx.save(graph, str(optimizer))
+    manifest = build.write_manifest(copy, manifest)
     with pytest.raises(errors.ArtifactsError, match="do not train as torch does: rule differs"):
         verify(copy, manifest, model)
 
@@ -113,6 +114,10 @@ def test_the_command_exports_a_runs_model_with_its_head_and_classes(tiny_model: 
 
     model = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True)
     np.testing.assert_array_equal(model.state_dict()["head.weight"].numpy(), back["head.weight"])
+
+    done = cli("evaluate", tmp_path / "back", "--data", images, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["recall"].keys() == {"cat", "dog"}
 
     done = cli("export", tmp_path / "run", "--format", "onnx", "--output", tmp_path / "model.onnx")
     assert done.returncode == 0, done.stderr
@@ -179,6 +184,26 @@ def test_the_manifest_names_what_made_it(artifacts: Path) -> None:
     value = json.loads((artifacts / "manifest.json").read_text())
     assert value["versions"].keys() >= {"python", "torch", "onnx", "timm", "onnxruntime-training-cpu"}
     assert build.MANIFEST_FILE == "manifest.json"
+
+
+@pytest.mark.parametrize("splits", [(5,), (0, 5, 99)])
+def test_a_block_that_the_model_has_not_is_a_usage_error(
+    tiny_model: Path, tmp_path: Path, splits: tuple[int, ...]
+) -> None:
+    with pytest.raises(
+        errors.UsageError, match=rf"--split {','.join(map(str, splits)).removeprefix('0,')}: the model has 4 blocks"
+    ):
+        command.export(request(tiny_model, splits=splits), tmp_path / "out", room_bytes=None, note=silent)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_device_that_says_nothing_of_onnx_runtime_is_told_at_export() -> None:
+    from edgetune.cli.export import _device_notes
+
+    (note,) = _device_notes("jetson-nano")
+    assert "jetson-nano states no runtime for ONNX Runtime ([runtime.ort] in its profile)" in note
+    assert "--device auto" in note
+    assert _device_notes("android-4gb") == _device_notes("auto") == _device_notes(None) == []
 
 
 def test_a_hybrid_is_cut_above_its_stem_and_compared_with_torch(tmp_path: Path) -> None:

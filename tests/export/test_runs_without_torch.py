@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from doubles import make_images
-from running import SECONDS, Witness, cli, environment, finetune, interrupt_after, losses, resume
+from running import SECONDS, Witness, cli, environment, finetune, interrupt_after, losses, resume, settings
 
 pytest.importorskip("torch", reason="torch makes the artifacts, and the run to compare with")
 import timm
@@ -18,8 +19,9 @@ import timm
 from edgetune.artifacts.reading import read_manifest
 from edgetune.backends.ort import OrtBackend
 from edgetune.checkpoint import load_tensors
-from edgetune.errors import Interrupted
+from edgetune.errors import ArtifactsError, Interrupted
 from edgetune.report import RunReport, read_report
+from edgetune.run import settings_of_replay
 from edgetune.selections import SELECTIONS_FILE, read_selections
 from edgetune.units import MIB
 
@@ -142,6 +144,13 @@ def test_a_run_from_artifacts_is_replayed_by_torch(artifacts: Path, images: Path
     done = cli("finetune", "--replay", tmp_path / "ort", "--model", "x", "--output", tmp_path / "no")
     assert done.returncode == 2
     assert "settles --model" in done.stderr
+    copy = tmp_path / "copy"
+    shutil.copytree(artifacts, copy)
+    ort_run(copy, images, tmp_path / "moved")
+    (copy / "model.safetensors").rename(tmp_path / "elsewhere")
+    (copy / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactsError, match="is a link"):
+        settings_of_replay(tmp_path / "moved", settings(images))
 
 
 @pytest.mark.parametrize("step", [2, 6, 9])
@@ -156,6 +165,55 @@ def test_a_run_from_artifacts_that_was_stopped_ends_with_the_same_bits(
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
     whole, stopped = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped"))
     assert whole == stopped
+
+
+def test_artifacts_that_moved_are_named_where_a_run_goes_on(
+    artifacts: Path, tiny_model: Path, images: Path, tmp_path: Path
+) -> None:
+    ort_run(artifacts, images, tmp_path / "whole")
+    place, moved = tmp_path / "artifacts", tmp_path / "moved"
+    shutil.copytree(artifacts, place)
+    with pytest.raises(Interrupted):
+        ort_run(place, images, tmp_path / "run", interrupt_after(6))
+    place.rename(moved)
+    with pytest.raises(
+        ArtifactsError, match=rf"artifacts/manifest.json can't be read.*--resume {tmp_path}/run --artifacts"
+    ):
+        resume(tmp_path / "run")
+    done = without_torch("finetune", "--resume", tmp_path / "run", "--artifacts", moved, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    whole, stopped = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
+    assert whole == stopped
+    done = without_torch("finetune", "--replay", tmp_path / "run", "--backend", "torch", "--output", tmp_path / "again")
+    assert done.returncode == 1
+    assert "began from artifacts there: put them back" in done.stderr
+
+
+@pytest.mark.parametrize("change", ["more", "less", "other"])
+def test_artifacts_of_another_model_are_told_where_a_run_goes_on(
+    artifacts: Path, images: Path, tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(Interrupted):
+        ort_run(artifacts, images, tmp_path / "run", interrupt_after(6))
+    original = OrtBackend.__init__
+
+    def other(self: OrtBackend, *args: Any, **more: Any) -> None:
+        original(self, *args, **more)
+        values = dict(self._stored)
+        if change == "more":
+            values["norm_pre.bias"] = values["norm.bias"]
+        elif change == "less":
+            del values["blocks.0.norm1.bias"]
+        else:
+            values["blocks.0.norm1.bias"] = values["blocks.0.norm1.bias"][:3]
+        self._stored = values
+
+    monkeypatch.setattr(OrtBackend, "__init__", other)
+    with pytest.raises(
+        ArtifactsError, match=rf"artifacts in {artifacts} are of another model.*(norm_pre|norm1).bias.*--artifacts"
+    ):
+        resume(tmp_path / "run")
 
 
 def test_a_step_from_artifacts_that_ran_out_of_memory_is_done_again_under_a_tighter_plan(
@@ -219,8 +277,6 @@ def test_data_with_more_classes_than_there_are_logits_is_refused(artifacts: Path
 
 
 def test_a_damaged_artifact_is_refused_before_a_run_begins(artifacts: Path, images: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "artifacts"
     shutil.copytree(artifacts, copy)
     graph = copy / "upper-2" / "training_model.onnx"
@@ -257,7 +313,13 @@ def test_for_which_platforms_there_is_a_wheel(machine: str, python: tuple[int, i
 
 
 def test_a_missing_runtime_is_told_with_what_to_install(artifacts: Path, images: Path, tmp_path: Path) -> None:
-    driver = WITHOUT_TORCH + "sys.modules['onnxruntime'] = None; from edgetune.__main__ import entry; entry()"
+    hidden = (  # from Python and from pip
+        "sys.modules['onnxruntime'] = None\n"
+        "from importlib import metadata\n"
+        "def version(name): raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = version\n"
+    )
+    driver = WITHOUT_TORCH + hidden + "from edgetune.__main__ import entry; entry()"
     command: list[Any] = [sys.executable, "-c", driver, "finetune", "--backend", "ort", "--artifacts", artifacts]
     done = subprocess.run(
         [*map(str, command), "--data", str(images), "--output", str(tmp_path / "run")],
