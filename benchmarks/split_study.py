@@ -173,12 +173,12 @@ def paired(ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64]) -> tu
     return mean, mean - half, mean + half
 
 
-def study(runs: Study) -> list[str]:
-    """The accuracies of one task, as text."""
+def study(runs: Study, *, fixed: bool) -> list[str]:
+    """The accuracies of one task, as text. `fixed`: with the splits that are named, beside what `auto` finds."""
     task = runs.task
     tuned = split_way(TUNED_SPLIT, 1.0)
     by_rate = [Asked(FULL, rate) for rate in task.full_rates]
-    by_split_rate = [Asked(tuned, rate) for rate in task.split_rates]
+    by_split_rate = [Asked(tuned, rate) for rate in task.split_rates if fixed]
     runs.make([*by_rate, *by_split_rate, Asked(AUTO, None)])
     full = max(by_rate, key=runs.accuracy)
     grid = []
@@ -258,7 +258,8 @@ def costs(rounds: int) -> list[str]:
 def write(part: str, text: str, command: str) -> None:
     """Keep a part's text, and put all of them together in split_study.md."""
     _kept(part).write_text(f"Made by `{command}` on {machine()}.\n\n{text}", encoding="utf-8")
-    there = [_kept(each).read_text(encoding="utf-8") for each in PARTS if _kept(each).exists()]
+    names = [name for each in PARTS for name in (each, f"{each}-default")]
+    there = [_kept(name).read_text(encoding="utf-8") for name in names if _kept(name).exists()]
     Path(__file__).with_suffix(".md").write_text(
         "# Where to split\n\nOne thread a run, AdamW. Splits are of `--method alast`, which moves its tokens above the split by "
         "budget.\n\n" + "\n".join(there),
@@ -276,6 +277,7 @@ def main() -> None:
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all but the check, clothes")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, where nothing is timed")
+    parser.add_argument("--default-only", action="store_true", help="full fine-tuning and --split auto alone")
     parser.add_argument("--rounds", type=int, default=2, help="of the runs that are timed")
     args = parser.parse_args()
     for part in args.part or [part for part in PARTS if part != "clothes"]:
@@ -285,10 +287,10 @@ def main() -> None:
         else:
             split_study_data.prepare(args.work, [part])
             task = tasks(args.work)[part]
-            text = "\n".join(study(Study(task, args.work, args.epochs, args.jobs)))
-            command += f" --epochs {args.epochs} --jobs {args.jobs}"
+            text = "\n".join(study(Study(task, args.work, args.epochs, args.jobs), fixed=not args.default_only))
+            command += f" --epochs {args.epochs} --jobs {args.jobs}" + " --default-only" * args.default_only
         print(text)
-        write(part, text, command)
+        write(f"{part}-default" if args.default_only and part != "cost" else part, text, command)
 
 
 if __name__ == "__main__":
