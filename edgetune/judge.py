@@ -18,8 +18,9 @@ from edgetune.units import MIB, format_bytes
 
 # A measured runtime differs by a part of a MiB from run to run; a plan must not.
 RUNTIME_ROUNDING_BYTES = 2 * MIB
-# For `edgetune plan` where a profile states none: torch 2.9's CPU build and edgetune, measured on an emulated Arm board.
-ASSUMED_RUNTIME_BYTES = 254 * MIB
+# For `edgetune plan` where a profile states none: torch 2.9's CPU build and edgetune, the upper of the figures
+# measured on emulated Arm boards.
+ASSUMED_RUNTIME_BYTES = 266 * MIB
 # What timm adds where it has to build a model, measured there too: torchvision, torch._dynamo and sympy come with it.
 ASSUMED_TIMM_BYTES = 102 * MIB
 # The same for ONNX Runtime's training API without torch: the upper of the figures measured on x86.
