@@ -21,6 +21,7 @@ from edgetune.features import FeatureKey, entry_id, weights_sha256
         ("architecture", "vit_base_patch16_224"),
         ("split_block", 3),
         ("tokens", (16, 8, 3)),
+        ("token_score", "distance"),
         ("pooled", True),
         ("preprocess", {"size": 56, "mean": [0.5, 0.5, 0.5], "decode": {"draft": False}}),
         ("precision", "float16"),
