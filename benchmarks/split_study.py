@@ -218,7 +218,7 @@ def study(runs: Study, *, fixed: bool) -> list[str]:
     )
     tried = f"full {_tried(runs, by_rate)}" + (f"; {tuned.name} {_tried(runs, by_split_rate)}" if grid else "")
     return [
-        f"## {task.name}\n",
+        f"## {task.name}{'' if fixed else ', the default alone'}\n",
         f"{images}. Rates tried on seed 0: {tried}." + (f" Full on three seeds: {three}." if close[1:] else "") + "\n",
         "Three seeds:\n",
         table(["way", "rate", "accuracy", "by seed", "less full, points", "95 % interval"], compared) + "\n",
@@ -269,7 +269,8 @@ def write(part: str, text: str, command: str) -> None:
     there = [_kept(name).read_text(encoding="utf-8") for name in names if _kept(name).exists()]
     Path(__file__).with_suffix(".md").write_text(
         "# Where to split\n\nOne thread a run, AdamW. Splits are of `--method alast`, which moves its tokens above the split by "
-        "budget.\n\n" + "\n".join(there),
+        "budget. Each part says what it was made by; one of the default alone is of a later day than the part before it.\n\n"
+        + "\n".join(there),
         encoding="utf-8",
     )
 
