@@ -69,6 +69,7 @@ class TrainingState(msgspec.Struct):
     cache_seconds: float = 0.0
     cache_written_bytes: int = 0
     evaluation_tokens: tuple[int, ...] | None = None  # that serve the best epoch's model best; None: all
+    scratch_written_bytes: int = 0  # kept on disk while it was needed
     dropped_bytes: int = 0  # of weights, once the cache was whole
 
 

@@ -122,8 +122,10 @@ def space_of(
     """
     depth = shape.depth
     _check_options(method, depth, trained_blocks, split_block)
-    if embeddings == "train" and method.name != "full":
+    if embeddings == "train" and not (method.name == "full" or method.draws):
         raise UsageError(f"--embeddings train: --method {method.name} leaves them frozen; --method full trains them.")
+    if embeddings == "train" and split_block:
+        raise UsageError(f"--embeddings train: with --split {split_block} nothing below that block trains.")
     if method.name == "full":
         splits: tuple[int, ...] = (0,)
         counts: dict[int, tuple[int, ...]] = {0: (depth,)}
@@ -138,12 +140,14 @@ def space_of(
         counts = {split: (depth - split,) for split in splits}
     else:
         splits = (split_block,) if split_block is not None else tuple(range(depth - (trained_blocks or 1) + 1))
+        if embeddings == "train":
+            splits = (0,)
         counts = {split: _drawn_counts(depth - split, depth, trained_blocks) for split in splits}
     return MethodSpace(
         name=method.name,
         splits=splits,
         trained_blocks=counts,
-        embeddings=EMBEDDINGS[embeddings] if method.name == "full" else (False,),
+        embeddings=EMBEDDINGS[embeddings] if method.name == "full" or embeddings == "train" else (False,),
         prunes_tokens=method.prunes_tokens,
         draws=method.draws,
     )

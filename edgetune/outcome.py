@@ -34,7 +34,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     steps_per_epoch: int
     cached_bytes: int | None
     cache_precision: str | None
-    pictures_written_bytes: int
     notes: tuple[str, ...]
 
 
@@ -110,7 +109,7 @@ def make_report(outcome: Outcome) -> RunReport:
         cache_bytes=outcome.cached_bytes,
         cache_written_bytes=None if outcome.cached_bytes is None else state.cache_written_bytes,
         cache_precision=outcome.cache_precision,
-        pictures_written_bytes=outcome.pictures_written_bytes,
+        pictures_written_bytes=state.scratch_written_bytes,
         look_seconds=state.look_seconds,
         cache_seconds=None if outcome.cached_bytes is None else state.cache_seconds,
         dropped_weights_bytes=None if outcome.cached_bytes is None else state.dropped_bytes,

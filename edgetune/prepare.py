@@ -153,6 +153,11 @@ def prepare(
     for note in notes:
         listener.note(note)
     if not looks(settings, request, len(data.train.paths), replay=stored_plan is not None):
+        if settings.split == "auto" and stored_plan is None:
+            listener.note(
+                f"--split auto: not looked for, which takes a pretrained model, a split to choose, and {LEAST_PASSES} passes "
+                "over the images or more"
+            )
         tell_plan(plan, listener)
     return Setup(
         settings=settings,

@@ -236,9 +236,14 @@ def settings_of_replay(run: Path, own: RunSettings) -> RunSettings:
         split_block=plan.split_block if draws else None,
         trained_blocks=plan.trained_blocks if plan.draws else None,
         accumulation=None,
-        token_floor=None,
+        token_floor=plan.token_floor if plan.method == "alast" and plan.embeddings_train else None,
         token_ceiling=None,
-        token_score=plan.token_score,
+        token_score=plan.token_score if draws else None,
+        embeddings="train" if draws and plan.embeddings_train else there.embeddings,
+        # What looking for the split found counts as asked for.
+        split_tokens=plan.token_ceiling[plan.split_block] / plan.token_ceiling[0]
+        if draws and plan.split_block
+        else None,
         recompute="auto",
         updates_in_backward=None,
         half_frozen=False,

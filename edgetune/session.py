@@ -67,18 +67,23 @@ class Session:
         self.cache: Features | None = None
         self.state = self.standing.state
         self.saved_step = self.state.step
+        self._scratch_counted_bytes = 0
         method = METHODS[self.setup.settings.method]
         self.learning_rate = self.setup.settings.learning_rate or default_rate(
             method, self.setup.plan.optimizer, self.setup.shape.width
         )
 
-    def count_time(self) -> None:
+    def count(self) -> None:
+        """Bring the state's seconds and written bytes up to now."""
+        written = sum(kept.written_bytes for kept in (self.setup.pictures, self.setup.looked) if kept is not None)
+        self.state.scratch_written_bytes += written - self._scratch_counted_bytes
+        self._scratch_counted_bytes = written
         now = time.monotonic()
         self.state.total_seconds += now - self.began
         self.began = now
 
     def save_checkpoint(self, state: TrainingState) -> None:
-        self.count_time()
+        self.count()
         with self.guard.meter.phase("save"):
             self.standing.write_checkpoint(state)
         self.saved_step = state.step
@@ -111,7 +116,7 @@ def train_and_report(session: Session, listener: Listener) -> RunReport:
     if state.best is None:
         with _whatever_ended_it(error), memory_ends("saving the model", guard):
             session.save_model()  # stopped before the first evaluation: the weights as they are
-    session.count_time()
+    session.count()
     outcome = Outcome(
         settings=setup.settings,
         judge=setup.judge,
@@ -127,7 +132,6 @@ def train_and_report(session: Session, listener: Listener) -> RunReport:
         steps_per_epoch=job.steps_per_epoch,
         cached_bytes=None if session.cache is None else session.cache.stored_bytes,
         cache_precision=None if session.cache is None else session.cache.precision,
-        pictures_written_bytes=sum(kept.written_bytes for kept in (setup.pictures, setup.looked) if kept is not None),
         notes=(*setup.notes, *session.standing.notes),
     )
     report = make_report(outcome)

@@ -218,11 +218,14 @@ def find(
     splits = [block for block in candidate_splits(shape.depth) if block >= lowest_split] or [lowest_split]
     all_tokens = shape.patch_tokens
 
+    def tokens_of(way: Way) -> int:
+        return min(all_tokens, rounded_up(way.share * all_tokens))
+
     def looked_at(
         blocks: Sequence[int], ways: Sequence[Way], keeps: LookedFeatures | None
     ) -> tuple[npt.NDArray[np.float32], list[Correct], list[Correct]]:
         """The pixels, and what is told right at the blocks and, in each way, at the end."""
-        counts = [(way.score, min(all_tokens, rounded_up(way.share * all_tokens))) for way in ways]
+        counts = [(way.score, tokens_of(way)) for way in ways]
         pixels, at_blocks, at_end = _looked_at(backend, batches, blocks, counts, keeps)
         return pixels, [told_right(part, labels) for part in at_blocks], [told_right(part, labels) for part in at_end]
 
@@ -259,9 +262,9 @@ def find(
         # Above the split tokens are dropped all the same.
         chosen = choose_tokens(told, whole) or max(more, key=lambda way: told[way].sum())._replace(share=1.0)
     lines.append(
-        f"at the end of the frozen model {whole.mean():.1%} (all tokens), "
-        + ", ".join(f"{correct.mean():.1%} ({way.share:.0%} of them, by {way.score})" for way, correct in told.items())
-        + f": {chosen.share:.0%} of the patch tokens go on at the split, by {chosen.score}"
+        f"at the end of the frozen model {whole.mean():.1%} (all {all_tokens} patch tokens), "
+        + ", ".join(f"{correct.mean():.1%} ({tokens_of(way)} by {way.score})" for way, correct in told.items())
+        + f": {tokens_of(chosen)} go on at the split, by {chosen.score}"
     )
     return Found(split, chosen.share, tuple(lines), chosen.score, looked)
 

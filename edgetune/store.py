@@ -313,7 +313,10 @@ def _contradictions(plan: Plan, method: Method) -> list[str]:
     ever = depth - plan.split_block if plan.draws and plan.keeps_state else plan.trained_blocks
     claims = {
         "draws": (plan.draws, method.draws),
-        "embeddings_train": (plan.embeddings_train, plan.method == "full" and plan.embeddings_train),
+        "embeddings_train": (
+            plan.embeddings_train,
+            plan.embeddings_train and (plan.method == "full" or (plan.draws and plan.split_block == 0)),
+        ),
         "recompute levels": (len(plan.recompute), depth),
         "updates_in_backward": (plan.updates_in_backward, plan.updates_in_backward and plan.accumulation == 1),
         "keeps_state": (plan.keeps_state, plan.keeps_state or not plan.draws),

@@ -361,6 +361,7 @@ def test_a_cached_run_that_was_stopped_goes_on_as_if_it_had_not(images: Path, tm
         tmp_path / "whole" / "model.safetensors"
     ).read_bytes()
     assert report.dropped_weights_bytes
+    assert report.pictures_written_bytes == read_report(tmp_path / "whole").pictures_written_bytes != 0
 
 
 def test_a_run_killed_while_it_caches_goes_on_with_what_is_there(

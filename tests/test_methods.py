@@ -46,7 +46,7 @@ def test_head_trains_no_block() -> None:
     assert (space.splits, space.trained_blocks, space.embeddings) == ((DEPTH,), {DEPTH: (0,)}, (False,))
 
 
-def test_embeddings_train_or_freeze_as_asked_under_full_alone() -> None:
+def test_embeddings_train_or_freeze_as_asked() -> None:
     full = METHODS["full"]
     asked = {
         choice: space_of(full, SHAPE, trained_blocks=None, split_block=None, embeddings=choice).embeddings
@@ -55,6 +55,12 @@ def test_embeddings_train_or_freeze_as_asked_under_full_alone() -> None:
     assert asked == {"auto": (True, False), "train": (True,), "freeze": (False,)}
     for name in ("head", "last-k", "random-k", "alast"):
         assert _space(name).embeddings == (False,)
+    for name in ("random-k", "alast"):
+        space = space_of(METHODS[name], SHAPE, trained_blocks=None, split_block=None, embeddings="train")
+        assert (space.embeddings, space.splits) == ((True,), (0,))
+        with pytest.raises(UsageError, match="with --split 3 nothing below that block trains"):
+            space_of(METHODS[name], SHAPE, trained_blocks=None, split_block=3, embeddings="train")
+    for name in ("head", "last-k"):
         with pytest.raises(UsageError, match=f"--embeddings train: --method {name} leaves them frozen"):
             space_of(METHODS[name], SHAPE, trained_blocks=None, split_block=None, embeddings="train")
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from doubles import FakeBackend, make_images
 from jobs import make_shape
-from running import Witness, finetune, losses
+from running import Witness, finetune, interrupt_after, losses, resume
+from running import settings as run_settings
 from safetensors.numpy import load_file
 
 from edgetune import splits
 from edgetune.backends.base import Array, Images, Looked
 from edgetune.cost import TokenScore
+from edgetune.errors import Interrupted
 from edgetune.methods import METHODS, space_of
 from edgetune.planner import PlanRequest, smallest_cap_bytes
 from edgetune.report import read_report
@@ -271,6 +273,35 @@ def test_the_cache_takes_what_the_look_made_and_holds_what_it_would_have_compute
     assert list((tmp_path / "found").rglob("*.tmp")) == []
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_run_whose_split_was_found_is_replayed_with_what_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    pytest.importorskip("torch")
+    from edgetune import run
+
+    images = make_images(tmp_path / "images", {"ant": 20, "bee": 20})
+    with monkeypatch.context() as patch:
+        patch.setattr(splits, "loses_nothing", lambda correct, best: fits or correct is best)
+        patch.setattr(splits, "choose_split", lambda _told: 8)
+        patch.setattr(splits, "choose_tokens", lambda _told, _whole: Way("distance", 0.4))
+        finetune(images, tmp_path / "run", steps=None, epochs=3, method="alast", split="auto")
+    again = run.settings_of_replay(tmp_path / "run", run_settings(images))
+    run.finetune(again, output=tmp_path / "again", listener=Witness())
+    assert losses(tmp_path / "again") == losses(tmp_path / "run")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "again"))
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+    report = read_report(tmp_path / "run")
+    assert (report.split_block, report.token_score) == ((8, "distance") if fits else (0, "attention"))
+
+
+def test_auto_that_is_asked_for_and_not_looked_for_is_said(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    images, witness = make_images(tmp_path / "images", {"ant": 20, "bee": 20}), Witness()
+    finetune(images, tmp_path / "run", witness, steps=2, method="alast", split="auto")
+    assert any(note.startswith("--split auto: not looked for") for note in witness.notes)
+
+
 def test_a_run_on_a_task_that_the_model_fits_badly_trains_its_embeddings(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     images = make_images(tmp_path / "images", {"ant": 20, "bee": 20})  # told by their colour
@@ -279,8 +310,12 @@ def test_a_run_on_a_task_that_the_model_fits_badly_trains_its_embeddings(tmp_pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(splits, "find", lambda *_args, **_more: badly)
         finetune(images, tmp_path / "run", **changes)
+        with pytest.raises(Interrupted):
+            finetune(images, tmp_path / "stopped", interrupt_after(5), **changes)
     report = read_report(tmp_path / "run")
     assert (report.split_block, report.trained_blocks, report.tokens_share) == (0, 12, 1.0)
+    resume(tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "run")
     start, end = (
         load_file(path)
         for path in (tmp_path / "run" / "checkpoints" / "base.safetensors", tmp_path / "run" / "model.safetensors")

@@ -49,6 +49,7 @@ def command(system: System, python: str, folder: Path) -> list[str]:
         sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--disable-pip-version-check",
         "--no-deps", "--only-binary=:all:", "--implementation", "cp", "--python-version", python, *options,
         "--target", str(folder / "nowhere"), *wanted(folder / system.constraints),
+        *wanted(folder.parent / "tools" / "board" / "also.txt"), *(["tomli==2.2.1"] if python == "3.10" else []),
     ]  # fmt: skip
 
 

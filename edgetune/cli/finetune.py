@@ -321,7 +321,8 @@ def finetune(
         Embeddings | None,
         _option(
             "--embeddings",
-            help="`train` or `freeze` the patch and position embeddings under --method full (`auto`, default: trained where it fits).",
+            help="`train` or `freeze` the patch and position embeddings under --method full (`auto`, default: trained where it fits); "
+            "`train` under alast and random-k too, which then freeze no block for good.",
             panel=MEMORY,
         ),
     ] = None,

@@ -119,7 +119,7 @@ def _facts(report: RunReport, wide: bool) -> Iterator[tuple[str, str]]:
             f"{_plural(report.cached_blocks, 'block')} computed once, {format_bytes(report.cache_bytes)} on disk"
             + _list(
                 ("written by this run", report.cache_written_bytes, format_bytes),
-                ("decoded images beside it", report.pictures_written_bytes or None, format_bytes),
+                ("kept beside it for a while", report.pictures_written_bytes or None, format_bytes),
                 ("made in", report.cache_seconds, format_seconds),
                 ("weights that left memory", report.dropped_weights_bytes, format_bytes),
             ),
