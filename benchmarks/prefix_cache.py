@@ -33,8 +33,8 @@ WAYS: list[tuple[str, list[str]]] = [
     ("2/5 of the tokens from the split on", ["--split", "8", "--split-tokens", "0.4"]),
     ("the same, whole blocks recomputed", ["--split", "8", "--split-tokens", "0.4", "--recompute", "block"]),
 ]
-# What finds the split and the tokens, which random weights on random images would not.
-LOOK = ["--split", "auto"]
+# What finds the split and the tokens; on random images there is nothing to find, but to look takes as long.
+LOOK = ["--split", "auto", "--method", "alast"]
 
 COLUMNS = (
     "what is left out, each row with those above",
@@ -84,10 +84,12 @@ def title(task: Task) -> str:
     return f"{task.model}, {task.image_px} px, batch 16, {task.epochs} epochs of {task.images} images"
 
 
-def run(task: Task, data: Path, arguments: list[str], folder: Path) -> Figures:
+def run(task: Task, data: Path, arguments: list[str], folder: Path, weights: Path | None = None) -> Figures:
+    """`weights`: of a model that counts as pretrained; None: they are random."""
     command = [sys.executable, "-m", "edgetune", "finetune", "--device", "jetson-orin-nano-8gb", "--json", "--quiet"]
-    command += ["--model", task.model, "--no-pretrained", "--data", str(data), "-b", "16", "--threads", "1"]
+    command += ["--model", task.model, "--data", str(data), "-b", "16", "--threads", "1"]
     command += ["--image-size", str(task.image_px), "--epochs", str(task.epochs), "--output", str(folder), *arguments]
+    command += ["--no-pretrained"] if weights is None else ["--weights", str(weights)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
@@ -115,7 +117,8 @@ def costs_of(task: Task, rounds: int, ways: Sequence[tuple[str, list[str]]]) -> 
                 figures = run(task, data, arguments, Path(folder, f"{number} {name.replace('/', ' of ')}"))
                 print(f"{task.model}, round {number + 1}: {name}: {figures}", flush=True)
                 found[name].append(figures)
-        look = run(task, data, LOOK, Path(folder, "look")).look_seconds
+        trained = Path(folder, f"0 {ways[0][0]}", "model.safetensors")
+        look = run(task, data, LOOK, Path(folder, "look"), trained).look_seconds
     full = found[ways[0][0]]
     rows = []
     for name, runs in found.items():

@@ -25,6 +25,7 @@ from edgetune import devices, memory, run
 from edgetune.data import open_folder
 from edgetune.devices import find_device
 from edgetune.errors import CapExceeded, DataError, DoesNotFit, EdgetuneError, RunFolderError, UsageError, WeightsError
+from edgetune.planner import replayed
 from edgetune.report import RunReport, read_report
 from edgetune.store import read_plan
 from edgetune.units import MIB
@@ -314,9 +315,10 @@ def test_a_replayed_plan_gives_the_same_losses_whatever_else_was_asked_for(image
     finetune(images, tmp_path / "two", plan_file=tmp_path / "one" / "plan.json", device="raspberry-pi-5-8gb")
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
     one, two = (read_plan(tmp_path / name / "plan.json") for name in ("one", "two"))
-    # What is done is the plan's; the cap it is held against is the new device's.
+    # What is done is the plan's; the cap it is held against, and the runtime, are the new device's.
     assert two.cap_bytes == find_device("raspberry-pi-5-8gb").usable_ram_bytes != one.cap_bytes
-    assert msgspec.structs.replace(two, cap_bytes=one.cap_bytes) == one
+    assert two.runtime_bytes != one.runtime_bytes
+    assert replayed(one, cap_bytes=two.cap_bytes, runtime_bytes=two.runtime_bytes) == two
 
 
 def test_a_plan_of_another_model_or_image_size_is_refused(
