@@ -346,7 +346,7 @@ def test_a_plan_of_another_model_or_image_size_is_refused(
         {"cap_bytes": 0},
         {"format_version": 99},
         {"draws": False},
-        {"embeddings_train": True},
+        {"embeddings_train": True, "split_block": 8},  # what is below it never trains
         {"ever_trained_blocks": 0},
         {"accumulation": 99},
         {"predicted_peak_bytes": -5},
