@@ -81,13 +81,8 @@ class TorchBackend:
                 if number and updating is not None:
                     raise ValueError("updates in the backward take one micro-batch: what the first one gave is used up")
                 target = torch.from_numpy(labels)
-                logits, batch_deltas = forward(
-                    self.model,
-                    torch.from_numpy(inputs),
-                    selection,
-                    with_deltas=with_deltas,
-                    cached_blocks=cached_blocks,
-                    score=self._score,
+                logits, batch_deltas = self._forward(
+                    inputs, selection, with_deltas=with_deltas, cached_blocks=cached_blocks
                 )
                 loss = self._loss_sum(logits, target) / weight_sum
                 value = loss.item()
@@ -125,6 +120,10 @@ class TorchBackend:
             updated=finite,
         )
 
+    def _forward(self, inputs: Array, selection: Selection, **how: Any) -> tuple[Tensor, list[Tensor]]:
+        """`forward` of this model by this score; `how`: its other arguments."""
+        return forward(self.model, torch.from_numpy(inputs), selection, score=self._score, **how)
+
     @torch.no_grad()
     def _gradients_are_finite(self) -> bool:
         """A finite loss can have a gradient that is not, and one such update would spoil the weights for good."""
@@ -160,9 +159,7 @@ class TorchBackend:
             self._selected = None
             self.model.eval()
         with torch.inference_mode():
-            logits, _ = forward(
-                self.model, torch.from_numpy(inputs), selection, cached_blocks=cached_blocks, score=self._score
-            )
+            logits, _ = self._forward(inputs, selection, cached_blocks=cached_blocks)
             result: Array = logits.numpy().copy()
         return result
 
@@ -176,14 +173,7 @@ class TorchBackend:
         self.model.eval()
         selection = Selection(self._frozen.trains, patch_tokens)
         with torch.inference_mode():
-            found, _ = forward(
-                self.model,
-                torch.from_numpy(inputs),
-                selection,
-                cached_blocks=cached_blocks,
-                classifies=False,
-                score=self._score,
-            )
+            found, _ = self._forward(inputs, selection, cached_blocks=cached_blocks, classifies=False)
             result: Array = found.numpy().copy()
         return result
 

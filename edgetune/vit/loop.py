@@ -98,9 +98,7 @@ def prefix_whole_and_pruned(
 ) -> tuple[Tensor, Tensor]:
     """What `prefix` makes of images on all tokens, and with `leaving` patch tokens that leave the last block, in one pass."""
     with torch.no_grad():
-        tokens = embed(model, images)
-        for block in model.blocks[: blocks - 1]:
-            tokens = run_recomputed(block, tokens, Recompute.NOTHING)
+        tokens = prefix(model, images, (model.patch_embed.num_patches,) * blocks, pooled=False)
         tokens, scores = _scored(model.blocks[blocks - 1], tokens, model.num_prefix_tokens, Recompute.NOTHING, score)
         return tokens, keep_tokens(tokens, scores, leaving, model.num_prefix_tokens)
 
