@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from edgetune import cost
 from edgetune.allocator import limit_allocator
-from edgetune.backends.pytorch import TorchBackend, without_onednn
+from edgetune.backends.pytorch import TorchBackend, own_kernels
 from edgetune.cost import Recompute, Selection, StepCost, StepSetup, ViTShape
 from edgetune.optim import OptimizerName, OptimizerSettings
 from edgetune.units import MIB
@@ -259,7 +259,7 @@ def line(outcome: Outcome) -> str:
 def run(configs: int, seed: int, families: Sequence[str], flops_every: int) -> Iterator[Outcome]:
     """The families take turns; every `flops_every`th configuration of each has its FLOPs counted too."""
     limit_allocator()  # else what freed models leave is kept: 15 GiB after 500 of them
-    without_onednn()  # as every run
+    own_kernels()  # as every run
     rng = random.Random(seed)
     for number in range(configs):
         config = random_config(rng, families[number % len(families)])

@@ -53,12 +53,12 @@ def once(model: str, *, timm: bool) -> dict[str, Any]:
 
     import edgetune.cli.finetune
     import edgetune.run  # noqa: F401
-    from edgetune.backends.pytorch import TorchBackend, without_onednn
+    from edgetune.backends.pytorch import TorchBackend, own_kernels
     from edgetune.cost import all_tokens_kept
     from edgetune.optim import OptimizerSettings
     from edgetune.vit.models import ModelSource, describe, load_model
 
-    without_onednn()
+    own_kernels()
     torch.set_num_threads(1)
     source = ModelSource(name=model, pretrained=model == "edgetune_micro")
     shape, preprocess = describe(source, 10)

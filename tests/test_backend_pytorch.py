@@ -13,9 +13,10 @@ torch = pytest.importorskip("torch")
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.backends import nnpack
 
 from edgetune.backends.base import Backend, Images, Labels, StepResult
-from edgetune.backends.pytorch import TorchBackend, warm_up
+from edgetune.backends.pytorch import TorchBackend, own_kernels, warm_up
 from edgetune.cost import Selection
 from edgetune.optim import STATE_KEYS, OptimizerName, OptimizerSettings
 from edgetune.regions import region_of
@@ -327,3 +328,20 @@ def test_a_finite_loss_with_a_gradient_that_is_not_changes_nothing() -> None:
     assert not result.updated
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert backend.optimizer_steps() == {}
+
+
+def test_what_frozen_blocks_put_out_of_an_image_does_not_depend_on_how_many_go_with_it() -> None:
+    # 16 images of 16 px patches are what NNPACK would take over; a cache is made in other batches than steps are done in.
+    model = VisionTransformer(img_size=224, patch_size=16, embed_dim=192, depth=2, num_heads=3, num_classes=2)
+    backend = TorchBackend(model, OptimizerSettings())
+    images = np.random.default_rng(0).standard_normal((16, 3, 224, 224)).astype(np.float32)
+    onednn = torch.backends.mkldnn.enabled
+    with nnpack.flags(enabled=True):
+        own_kernels()
+        whole = backend.features(images, (196, 196), pooled=False)
+        for size in (1, 8):
+            parts = [
+                backend.features(images[start : start + size], (196, 196), pooled=False) for start in range(0, 16, size)
+            ]
+            assert np.concatenate(parts).tobytes() == whole.tobytes()
+    torch.backends.mkldnn.enabled = onednn

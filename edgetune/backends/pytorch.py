@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.backends import nnpack
 
 from edgetune.backends.base import Array, Images, Labels, Looked, StepResult
 from edgetune.cost import Recompute, Selection, TokenScore
@@ -337,13 +338,16 @@ class _UpdatesInBackward:
         self._optimizer.drop_scratch()
 
 
-def without_onednn() -> None:
-    """Let torch compute without oneDNN in this process, see docs/decisions/0006-memory-model.md.
+def own_kernels() -> None:
+    """Let torch compute in this process without the libraries it would choose by what it is given, see
+    docs/decisions/0006-memory-model.md.
 
-    It compiles a kernel for each shape and keeps it (0.8 MiB of data segment each), takes scratch that grows with the
-    threads, and does not survive running out of memory.
+    oneDNN compiles a kernel for each shape and keeps it (0.8 MiB of data segment each), takes scratch that grows with the
+    threads, and does not survive running out of memory. NNPACK convolves from 16 images on, to other last bits than fewer
+    images get, and keeps what it works in.
     """
     torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
+    nnpack.set_flags(False)  # type: ignore[no-untyped-call]
 
 
 def warm_up(optimizer: OptimizerSettings) -> None:

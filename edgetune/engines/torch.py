@@ -36,7 +36,7 @@ def warm_up(settings: RunSettings, threads: int) -> tuple[str, ...]:
             "From artifacts (edgetune export) a run needs none: --backend ort --artifacts FOLDER."
         ) from error
     torch.set_num_threads(threads)
-    pytorch.without_onednn()
+    pytorch.own_kernels()
     timm = settings.augment or needs_timm(model_source(settings, pretrained=False))
     if timm:
         stock.stock(wanted="--augment" if settings.augment else settings.model)

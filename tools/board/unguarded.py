@@ -6,14 +6,14 @@ import sys
 
 import numpy as np
 
-from edgetune.backends.pytorch import TorchBackend, without_onednn
+from edgetune.backends.pytorch import TorchBackend, own_kernels
 from edgetune.cost import all_tokens_kept
 from edgetune.optim import OptimizerSettings
 from edgetune.vit.models import ModelSource, describe, load_model
 
 
 def main(batch: int) -> None:
-    without_onednn()
+    own_kernels()
     source = ModelSource(name="edgetune_micro")
     shape, preprocess = describe(source, 10)
     backend = TorchBackend(load_model(source, 10).model, OptimizerSettings())
