@@ -17,7 +17,7 @@ from edgetune.cost import FLOAT_BYTES, Recompute, Selection
 from edgetune.errors import ArtifactsError, DoesNotFit, UsageError
 from edgetune.planner import CachedPrefix, Plan, PlanRequest, ceilings, format_cap, process_bytes
 from edgetune.planner.choices import check, micro_batches
-from edgetune.planner.phases import READ_BYTES, WRITE_BYTES, fit_bytes, kept_free_bytes, largest_batch
+from edgetune.planner.phases import READ_BYTES, WRITE_BYTES, fit_bytes, kept_free_bytes, largest_batch, pass_batch
 from edgetune.planner.prefix import cached_prefix
 from edgetune.planner.search import plan_of
 from edgetune.planner.setups import ever_trained_blocks, setup_of
@@ -174,12 +174,14 @@ def _caches(request: PlanRequest, choice: Choice) -> bool:
 
 def _evaluation_batch(request: PlanRequest, choice: Choice, training: int) -> int:
     return largest_batch(
-        training, lambda size: max(_evaluation_bytes(request, choice, size), _fitting_bytes(request, choice, size))
+        pass_batch(request.shape),
+        training,
+        lambda size: max(_evaluation_bytes(request, choice, size), _fitting_bytes(request, choice, size)),
     )
 
 
 def _cache_batch(request: PlanRequest, choice: Choice, training: int) -> int:
-    return largest_batch(training, lambda size: _caching_bytes(request, choice, size))
+    return largest_batch(pass_batch(request.shape), training, lambda size: _caching_bytes(request, choice, size))
 
 
 def _measured(variant: Variant) -> Measured:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 from edgetune import cost
-from edgetune.cost import FLOAT_BYTES
+from edgetune.cost import FLOAT_BYTES, ViTShape
 from edgetune.planner.prefix import cached_prefix
 from edgetune.planner.setups import setup_of
 from edgetune.planner.values import (
@@ -15,7 +15,7 @@ from edgetune.planner.values import (
     HOLES_BYTES,
     JUDGED_IMAGES,
     LIMIT_BYTES,
-    MAX_EVALUATION_BATCH,
+    PASS_TOKENS,
     PREFETCHED_BATCHES,
     PROCESS_BYTES,
     TOKEN_HOLES_BYTES,
@@ -155,24 +155,30 @@ def caching_live_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
     return _loaded_bytes(request, lossy) + _forward_bytes(request, lossy, batch) + out + WRITE_BYTES
 
 
-def largest_batch(most_live_bytes: int, live_bytes: Callable[[int], int]) -> int:
-    """The largest power of two that stays under what training needs anyway."""
-    batch = MAX_EVALUATION_BATCH
+def pass_batch(shape: ViTShape) -> int:
+    """Images that go through the model at once without gradient, at most: a power of two."""
+    return 1 << (max(1, PASS_TOKENS // shape.all_tokens).bit_length() - 1)
+
+
+def largest_batch(most: int, most_live_bytes: int, live_bytes: Callable[[int], int]) -> int:
+    """The largest power of two up to `most` that stays under what training needs anyway."""
+    batch = most
     while batch > 1 and live_bytes(batch) > most_live_bytes:
         batch //= 2
     return batch
 
 
 def evaluation_batch(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> int:
-    """The largest power of two whose evaluation stays under what training needs anyway."""
-    return largest_batch(training_live_bytes, lambda batch: _evaluated_bytes(request, lossy, batch))
+    """Images that are evaluated at once: no more than stay under what training needs anyway."""
+    most = pass_batch(request.shape)
+    return largest_batch(most, training_live_bytes, lambda batch: _evaluated_bytes(request, lossy, batch))
 
 
 def cache_batch(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> int:
     """Images that go through the prefix at once while the cache is made."""
     # What loading takes anyway is no more than what is there.
     most = max(training_live_bytes, *other_live_bytes(request, lossy).values())
-    return largest_batch(most, lambda batch: caching_live_bytes(request, lossy, batch))
+    return largest_batch(pass_batch(request.shape), most, lambda batch: caching_live_bytes(request, lossy, batch))
 
 
 def other_live_bytes(request: PlanRequest, lossy: Lossy) -> dict[str, int]:
@@ -209,6 +215,17 @@ def phases(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> dict
     if caching_live_bytes(request, lossy, 1):
         live["cache"] = caching_live_bytes(request, lossy, cache_batch(request, lossy, training_live_bytes))
     return {phase: needed_bytes(request, lossy, size) for phase, size in live.items()}
+
+
+def keeps_freed(plan: Plan, shape: ViTShape, phase: str, batch: int) -> bool:
+    """Whether passes of `batch` images without gradient may keep what they free for the next one, which saves time.
+
+    As much again as a pass holds may be lost to holes: that must be within what the run takes at its peak, and, should
+    none of it come back, beside that peak within the cap.
+    """
+    holes = cost.evaluation_peak_bytes(shape, batch, threads=plan.threads)
+    peak = plan.predicted_peak_bytes
+    return plan.predicted_phase_bytes.get(phase, peak) + holes <= peak and peak + holes <= plan.cap_bytes
 
 
 def parts_of(plan: Plan) -> dict[str, int]:

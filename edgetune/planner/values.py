@@ -22,7 +22,9 @@ TOKEN_HOLES_BYTES = MIB
 LIMIT_BYTES = 6 * MIB
 # Micro-batches that exist beside the one being computed: one being loaded, one waiting.
 PREFETCHED_BATCHES = 2
-MAX_EVALUATION_BATCH = 64
+# Tokens that a pass without gradient takes at once, at most (of one image all). More at once are no faster, on one or two
+# x86 threads, from the bundled model up to ViT-B; where freed memory is given back they are slower.
+PASS_TOKENS = 1024
 # Training images that a classifier fitted in closed form is judged by, each left out of what tells it.
 JUDGED_IMAGES = 512
 TOKEN_MULTIPLE = 8
