@@ -199,15 +199,19 @@ def looks(settings: RunSettings, request: PlanRequest, images: int, *, replay: b
     what, and images are seen often enough for it to pay.
     """
     named = (settings.split_block, settings.trained_blocks)
-    steps = settings.steps or settings.epochs * -(-images // request.batch_size)
     return (
         not replay
         and looks_for_split(settings)
         and named == (None, None)
         and settings.pretrained
         and len(request.space.splits) > 1
-        and steps * request.batch_size >= LEAST_PASSES * images
+        and steps_of(settings, request, images) * request.batch_size >= LEAST_PASSES * images
     )
+
+
+def steps_of(settings: RunSettings, request: PlanRequest, images: int) -> int:
+    """Of the whole run, which trains on so many images."""
+    return settings.steps or settings.epochs * -(-images // request.batch_size)
 
 
 def with_cache(
@@ -220,11 +224,11 @@ def with_cache(
     refusal = "--no-cache" if settings.prefix_cache is False else None
     if refusal is None and fresh:
         refusal = "every epoch sees every image anew; --augment-views keeps so many views of each"
-    images, batch = len(data.train.paths), request.batch_size
+    images = len(data.train.paths)
     cache = CacheRequest(
         train_images=images,
         val_images=len(data.val.paths),
-        steps=settings.steps or settings.epochs * -(-images // batch),
+        steps=steps_of(settings, request, images),
         float_bytes=2 if settings.cache_precision == "float16" else 4,
         limit_bytes=disk_room_bytes
         if settings.cache_limit_bytes is None

@@ -118,7 +118,10 @@ class FakeBackend:
 
     def use_token_score(self, score: TokenScore) -> None: ...
 
-    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[tuple[TokenScore, int]]) -> Looked:
+    def look(self, inputs: Images, blocks: Sequence[int], *, scored: bool) -> Looked:
+        raise NotImplementedError
+
+    def at_end(self, tokens: Array, blocks: int) -> Array:
         raise NotImplementedError
 
     def pruned(self, tokens: Array, scores: Array, leaving: int) -> Array:

@@ -145,7 +145,7 @@ def test_a_run_stopped_in_an_evaluation_goes_on_to_the_same_end(
     with pytest.MonkeyPatch.context() as patch:
         from edgetune.planner import phases
 
-        patch.setattr(phases, "MAX_EVALUATION_BATCH", 4)
+        patch.setattr(phases, "PASS_TOKENS", 4 * 65)
         with pytest.raises(Interrupted):
             finetune(images, tmp_path / "r", witness, **options)
     assert read_report(tmp_path / "r").steps == [0, 4, 8][evaluation - 1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +15,16 @@ from running import Witness, finetune, interrupt_after, losses, resume
 from running import settings as run_settings
 from safetensors.numpy import load_file
 
-from edgetune import splits
+from edgetune import look, splits
 from edgetune.backends.base import Array, Images, Looked
 from edgetune.cost import TokenScore
 from edgetune.errors import Interrupted
+from edgetune.features import LookedFeatures
+from edgetune.look import Found, Sample, Way, candidate_splits, choose_split, find, loses_nothing, small
 from edgetune.methods import METHODS, space_of
 from edgetune.planner import PlanRequest, smallest_cap_bytes
 from edgetune.report import read_report
-from edgetune.splits import (
-    TOKEN_SHARES,
-    Found,
-    Way,
-    _planned,
-    candidate_splits,
-    choose_split,
-    choose_tokens,
-    find,
-    loses_nothing,
-    small,
-)
+from edgetune.splits import _planned
 from edgetune.units import GIB, MIB
 
 
@@ -54,16 +45,6 @@ def test_the_deepest_split_that_loses_nothing_is_taken() -> None:
     assert choose_split({4: right(0.895), 6: best, 8: right(0.9)}) == 8
     assert choose_split({4: right(0.9), 6: right(0.9), 8: right(0.7)}) == 6
     assert choose_split({4: right(0.95), 6: right(0.6), 8: right(0.5)}) == 4
-
-
-def test_the_fewest_tokens_that_lose_nothing_are_kept_by_the_score_that_tells_most() -> None:
-    few, other, more = Way("attention", 0.4), Way("distance", 0.4), Way("distance", 0.67)
-    whole = right(0.9)
-    assert choose_tokens({few: right(0.9), other: right(0.895), more: right(0.95)}, whole) == few
-    assert choose_tokens({few: right(0.895), other: right(0.9)}, whole) == other
-    assert choose_tokens({few: right(0.9), other: right(0.9)}, whole) == few  # ALaST's own
-    assert choose_tokens({few: right(0.6), other: right(0.7), more: right(0.9)}, whole) == more
-    assert choose_tokens({few: right(0.5), other: right(0.6)}, whole) is None
 
 
 def test_a_loss_within_what_the_sample_can_show_is_none() -> None:
@@ -95,47 +76,70 @@ class _Telling(FakeBackend):
 
     def __init__(self, labels: np.ndarray, signal: dict[tuple[int, int], float]) -> None:
         super().__init__(2, 4)
-        self._labels, self._signal, self._seen = labels, signal, 0
-        self._by_distance = self.BY_DISTANCE
+        self._labels, self._signal = labels, signal
+        self.to_end: list[int] = []  # images a pass
 
-    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[tuple[TokenScore, int]]) -> Looked:
-        start = self._seen % len(self._labels)
-        labels = self._labels[start : start + len(inputs)]
-        self._seen += len(inputs)
+    def _summary(self, start: int, count: int, block: int, tokens: int) -> Array:
+        labels = self._labels[start : start + count]
+        values = np.random.default_rng([start, block, tokens]).standard_normal((count, 4))
+        values[np.arange(count), labels] += self._signal[block, tokens]
+        return values.astype(np.float32)
 
-        def summary(block: int, tokens: int) -> Array:
-            values = np.random.default_rng([start, block, tokens]).standard_normal((len(labels), 4))
-            values[np.arange(len(labels)), labels] += self._signal[block, tokens]
-            return values.astype(np.float32)
+    def look(self, inputs: Images, blocks: Sequence[int], *, scored: bool) -> Looked:
+        """The images say which they are; so do tokens, of which the last one's say how many there are."""
+        start, count = int(inputs[0, 0, 0, 0]), len(inputs)
+        tokens = np.zeros((count, 17, 4), np.float32)
+        tokens[:, 0, 0], tokens[:, 0, 1] = np.arange(start, start + count), 16
+        scores: dict[TokenScore, Array] = {}
+        if scored:
+            scores = {"attention": np.zeros((count, 17)), "distance": np.full((count, 17), float(self.BY_DISTANCE))}
+        return Looked([self._summary(start, count, block, 16) for block in blocks], tokens, scores)
 
-        return Looked(
-            [summary(block, 16) for block in blocks],
-            [summary(12, tokens + (score == "distance") * self._by_distance) for score, tokens in leaving],
-            np.zeros((len(labels), 17, 4), np.float32),
-            {},
-        )
+    def pruned(self, tokens: Array, scores: Array, leaving: int) -> Array:
+        left: Array = tokens.copy()
+        left[:, 0, 1] = leaving + scores[:, 0]
+        return left
+
+    def at_end(self, tokens: Array, blocks: int) -> Array:
+        self.to_end.append(len(tokens))
+        return self._summary(int(tokens[0, 0, 0]), len(tokens), 12, int(tokens[0, 0, 1]))
 
 
-def _found(
+def _look(
     signal: dict[tuple[int, int], float],
     *,
     lowest: int = 0,
     scores: Sequence[TokenScore] = ("attention",),
     pixels_tell: bool = False,
-) -> tuple[int, float] | Found:
+    to_end: int = 96,
+    kept: Callable[[int], LookedFeatures | None] = lambda _split: None,
+) -> tuple[Found, _Telling, list[tuple[int, int]]]:
     labels = np.arange(96) % 2
     backend = _Telling(labels, signal)
+    loaded = []
 
-    def batches() -> Iterator[Images]:
-        for number in range(12):
-            images = np.random.default_rng(number).standard_normal((8, 3, 8, 8)).astype(np.float32)
-            if pixels_tell:
-                images += 4 * labels[:8, None, None, None]
-            yield images
+    def load(start: int, stop: int) -> Images:
+        images = np.random.default_rng(start).standard_normal((stop - start, 3, 8, 8)).astype(np.float32)
+        if pixels_tell:
+            images += 4 * labels[start:stop, None, None, None]
+        images[:, 0, 0, 0] = np.arange(start, stop)
+        loaded.append((start, stop))
+        return images
 
-    found = find(backend, make_shape(depth=12), batches, labels, lambda split: None, lowest_split=lowest, scores=scores)
+    sample = Sample(np.arange(96), labels, to_end, 8, load)
+    found = find(
+        backend, make_shape(depth=12), sample, kept, lambda _done, _total: None, lowest_split=lowest, scores=scores
+    )
     assert len(found.lines) == 1 + (len(scores) > 0 and not pixels_tell)
-    return (found.split_block, found.split_tokens) if len(scores) < 2 else found
+    return found, backend, loaded
+
+
+def _found(signal: dict[tuple[int, int], float], **how: Any) -> tuple[int, float]:
+    found = _look(signal, **how)[0]
+    return found.split_block, found.split_tokens
+
+
+EVERYWHERE = {(block, 16): 9.0 for block in (4, 6, 8, 12)}
 
 
 def test_the_look_finds_the_split_and_the_tokens() -> None:
@@ -148,31 +152,72 @@ def test_the_look_finds_the_split_and_the_tokens() -> None:
     assert _found(splits | tokens, scores=()) == (6, 1.0)
     assert _found(splits | tokens, lowest=6) == (6, 0.4)
     assert _found({(10, 16): 9.0} | tokens, lowest=10) == (10, 0.4)
-    assert TOKEN_SHARES == (0.4, 0.67)
 
 
-def test_the_look_finds_by_what_tokens_are_dropped() -> None:
-    everywhere = {(block, 16): 9.0 for block in (4, 6, 8, 12)}
+def test_the_fewest_tokens_that_lose_nothing_are_kept_distance_before_attention() -> None:
     shift = _Telling.BY_DISTANCE
 
-    def told(few: float, few_by_distance: float, more: float = 0.0, more_by_distance: float = 0.0) -> Found:
-        signal = {(12, 8): few, (12, 8 + shift): few_by_distance, (12, 16): 9.0, (12, 16 + shift): more_by_distance}
-        found = _found(everywhere | signal, scores=("attention", "distance"))
-        assert isinstance(found, Found)
-        return found
+    def told(few: float, few_by_distance: float) -> tuple[float, str]:
+        signal = EVERYWHERE | {(12, 8): few, (12, 8 + shift): few_by_distance}
+        found = _look(signal, scores=("attention", "distance"))[0]
+        return found.split_tokens, found.token_score
 
-    assert told(0.0, 9.0)[:2] == (8, 0.4)
-    assert told(0.0, 9.0).token_score == "distance"
-    assert told(9.0, 0.0).token_score == "attention"
-    assert told(9.0, 9.0).token_score == "attention"
-    # With 0.67, which goes up to all 16, the two are one to this backend's eyes but for what it is told here.
-    assert told(0.0, 0.0, more_by_distance=0.0)[1] == 0.67
-    assert told(0.0, 0.0, more_by_distance=0.0).token_score == "attention"
+    assert told(0.0, 9.0) == (0.4, "distance")
+    assert told(9.0, 9.0) == (0.4, "distance")
+    assert told(9.0, 0.0) == (0.4, "attention")
+    assert told(0.0, 0.0) == (0.67, "distance")  # which goes up to all 16
+
+
+def test_where_fewer_tokens_always_lose_something_all_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(look, "WAYS", (Way("distance", 0.4), Way("attention", 0.4)))
+    signal = EVERYWHERE | {(12, 8): 1.5, (12, 8 + _Telling.BY_DISTANCE): 0.0}
+    found = _look(signal, scores=("attention", "distance"))[0]
+    assert (found.split_tokens, found.token_score) == (
+        1.0,
+        "attention",
+    )  # above the split tokens are dropped all the same
+    assert found.lines[1].endswith("all go on at the split, by attention")
+
+
+def test_only_so_many_images_are_put_through_the_whole_model_and_each_way_no_longer_than_it_takes() -> None:
+    signal = EVERYWHERE | {(12, 8): 9.0, (12, 8 + _Telling.BY_DISTANCE): 9.0}
+    found, backend, loaded = _look(signal, scores=("attention", "distance"), to_end=20)
+    assert found.split_tokens == 0.4
+    assert sum(backend.to_end) == 2 * 20  # all tokens, and by distance; attention is not asked
+    assert loaded[:13] == [
+        *((start, min(start + 8, 20)) for start in (0, 8, 16)),
+        *((start, min(start + 8, 96)) for start in range(20, 96, 8)),
+    ]
+    assert loaded[13:] == loaded[:3]  # nothing was kept
+
+
+def test_what_is_kept_of_the_first_pass_is_not_computed_again(tmp_path: Path) -> None:
+    signal = EVERYWHERE | {(12, 8): 0.0, (12, 8 + _Telling.BY_DISTANCE): 0.0}
+    for split, again in ((8, 0), (6, 3)):  # what was kept was of block 8
+        own = signal | {(8, 16): 9.0 if split == 8 else 0.0}
+
+        def kept(blocks: int) -> LookedFeatures:
+            return LookedFeatures(
+                tmp_path, np.arange(96), blocks=blocks, tokens=17, width=4, scores=("attention", "distance"),
+                precision="float16", limit_bytes=MIB,
+            )  # fmt: skip
+
+        found, _, loaded = _look(own, scores=("attention", "distance"), to_end=20, kept=kept)
+        assert found.split_block == split
+        assert found.looked is not None
+        assert found.looked.blocks == split
+        assert len(loaded) == 13 + again
+        assert found.looked.count == (96 if split == 8 else 20)
+        found.looked.close()
 
 
 def test_where_bare_pixels_tell_more_than_the_pretrained_blocks_nothing_is_frozen() -> None:
     nothing = {(block, tokens): 0.0 for block in (4, 6, 8, 12) for tokens in (8, 16)}
     assert _found(nothing, pixels_tell=True) == (0, 1.0)
+    assert _found(nothing, pixels_tell=True, to_end=32) == (0, 1.0)
+    # What only the last blocks make of images is something, too.
+    found, _, _ = _look(nothing | {(12, 8): 9.0, (12, 16): 9.0}, scores=())
+    assert found.fits
 
 
 def make_request(method: str) -> PlanRequest:
@@ -248,9 +293,9 @@ def test_the_cache_takes_what_the_look_made_and_holds_what_it_would_have_compute
 
     images = make_images(tmp_path / "images", {"ant": 20, "bee": 20})  # 32 are trained on
     common = {"steps": None, "epochs": 3, "method": "alast", "seed": 1} | changes
-    monkeypatch.setattr(splits, "loses_nothing", lambda *_correct: True)
-    monkeypatch.setattr(splits, "choose_split", lambda _told: split)
-    monkeypatch.setattr(splits, "choose_tokens", lambda _told, _whole: Way(score, tokens))
+    monkeypatch.setattr(look, "loses_nothing", lambda *_correct: True)
+    monkeypatch.setattr(look, "choose_split", lambda _told: split)
+    monkeypatch.setattr(look, "WAYS", (Way(score, tokens),))
     computed, features = [], TorchBackend.features
     monkeypatch.setattr(
         TorchBackend,
@@ -282,9 +327,9 @@ def test_a_run_whose_split_was_found_is_replayed_with_what_was_found(
 
     images = make_images(tmp_path / "images", {"ant": 20, "bee": 20})
     with monkeypatch.context() as patch:
-        patch.setattr(splits, "loses_nothing", lambda correct, best: fits or correct is best)
-        patch.setattr(splits, "choose_split", lambda _told: 8)
-        patch.setattr(splits, "choose_tokens", lambda _told, _whole: Way("distance", 0.4))
+        patch.setattr(look, "loses_nothing", lambda *_correct: fits)
+        patch.setattr(look, "choose_split", lambda _told: 8)
+        patch.setattr(look, "WAYS", (Way("distance", 0.4),))
         finetune(images, tmp_path / "run", steps=None, epochs=3, method="alast", split="auto")
     again = run.settings_of_replay(tmp_path / "run", run_settings(images))
     run.finetune(again, output=tmp_path / "again", listener=Witness())

@@ -36,9 +36,8 @@ class Looked(NamedTuple):
     """What `Backend.look` found, float32. A summary (B, 2 D): class token and mean patch token."""
 
     at_blocks: list[Array]
-    at_end: list[Array]
     tokens: Array  # (B, T, D), all that leave the deepest of the blocks
-    scores: dict[TokenScore, Array]  # of each, (B, T); nothing where no token was dropped
+    scores: dict[TokenScore, Array]  # of each, (B, T); nothing where none was asked for
 
 
 class Backend(Protocol):
@@ -93,10 +92,14 @@ class Backend(Protocol):
         """From now on patch tokens are dropped by this score; at first it is "attention"."""
         ...
 
-    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[tuple[TokenScore, int]]) -> Looked:
-        """What the pretrained model makes of images after each of `blocks` blocks (rising), and at its end with so many
-        patch tokens, by each score of `leaving`, going on from the last of these.
+    def look(self, inputs: Images, blocks: Sequence[int], *, scored: bool) -> Looked:
+        """What the pretrained model makes of images after each of `blocks` blocks (rising); `scored`: with the scores by
+        which tokens may be dropped after the last of these.
         """
+        ...
+
+    def at_end(self, tokens: Array, blocks: int) -> Array:
+        """The summary at the model's end of `tokens` (B, T, D) that go on after `blocks` blocks."""
         ...
 
     def pruned(self, tokens: Array, scores: Array, leaving: int) -> Array:

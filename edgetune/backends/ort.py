@@ -256,8 +256,11 @@ class OrtBackend:
         if score != "attention":
             raise UnsupportedModel(f"artifacts drop tokens by attention, not by {score}: --token-score attention.")
 
-    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[tuple[TokenScore, int]]) -> Looked:
+    def look(self, inputs: Images, blocks: Sequence[int], *, scored: bool) -> Looked:
         raise UnsupportedModel("artifacts have no outputs in between to look for a split at: name one with --split.")
+
+    def at_end(self, tokens: Array, blocks: int) -> Array:
+        raise NotImplementedError  # of what was looked at
 
     def pruned(self, tokens: Array, scores: Array, leaving: int) -> Array:
         raise NotImplementedError  # of what was looked at

@@ -20,7 +20,7 @@ from edgetune.errors import UnsupportedModel
 from edgetune.optim import Optimizer, OptimizerSettings, named_state
 from edgetune.regions import region_of, trains
 from edgetune.vit.half import store_half
-from edgetune.vit.loop import apply_selection, forward, keep_tokens, look, prefix, prefix_whole_and_pruned
+from edgetune.vit.loop import apply_selection, at_end, forward, keep_tokens, look, prefix, prefix_whole_and_pruned
 from edgetune.vit.plain import AnyViT, Architecture, build
 
 
@@ -206,17 +206,21 @@ class TorchBackend:
     def use_token_score(self, score: TokenScore) -> None:
         self._score = score
 
-    def look(self, inputs: Images, blocks: Sequence[int], leaving: Sequence[tuple[TokenScore, int]]) -> Looked:
-        self._selected = None
-        self.model.eval()
-        with torch.inference_mode():
-            found = look(self.model, torch.from_numpy(inputs), blocks, leaving)
+    def look(self, inputs: Images, blocks: Sequence[int], *, scored: bool) -> Looked:
+        with self._prefix_alone():
+            found = look(self.model, torch.from_numpy(inputs), blocks, scored=scored)
         return Looked(
             [part.numpy() for part in found.at_blocks],
-            [part.numpy() for part in found.at_end],
             found.tokens.numpy(),
             {score: values.numpy() for score, values in found.scores.items()},
         )
+
+    def at_end(self, tokens: Array, blocks: int) -> Array:
+        self._selected = None
+        self.model.eval()
+        with torch.inference_mode():
+            found: Array = at_end(self.model, torch.from_numpy(tokens), blocks).numpy()
+        return found
 
     def pruned(self, tokens: Array, scores: Array, leaving: int) -> Array:
         given = (torch.from_numpy(tokens), torch.from_numpy(scores))

@@ -43,6 +43,11 @@ class LookedFeatures:
     def written_bytes(self) -> int:
         return self._records.written_bytes
 
+    @property
+    def count(self) -> int:
+        """Of the images, the first so many are here."""
+        return self._records.count
+
     def add(self, values: Floats, scores: Mapping[Any, Floats]) -> None:
         """The next images': (n, tokens, width), and of each score (n, tokens). What comes after one with a value that the
         precision can't hold is left out.

@@ -19,6 +19,7 @@ from edgetune.planner.values import (
     PREFETCHED_BATCHES,
     PROCESS_BYTES,
     TOKEN_HOLES_BYTES,
+    CachedPrefix,
     Lossless,
     Lossy,
     Plan,
@@ -67,23 +68,32 @@ def training_live_bytes(request: PlanRequest, lossy: Lossy, batch: int, step_byt
     """
     live = step_bytes + prefetched_bytes(request, lossy, batch)
     prefix = cached_prefix(request, lossy)
-    if request.overlaps or (prefix is not None and prefix.whole):
+    whole = prefix is not None and prefix.whole
+    if request.overlaps and not whole:
         return live
     # The micro-batch before is still there.
-    return max(live, resting_bytes + cost.input_bytes(request.shape, batch) + request.decode_bytes)
+    loading = cost.input_bytes(request.shape, batch) + request.decode_bytes
+    if whole:
+        loading = _cached_bytes(prefix, batch) + READ_BYTES
+    return max(live, resting_bytes + loading)
 
 
 def prefetched_bytes(request: PlanRequest, lossy: Lossy, batch: int) -> int:
-    """Micro-batches that wait beside a step: of images with the decoding of one more, or of what the cache holds."""
+    """What waits beside a step: micro-batches of images with the decoding of one more; of a whole cache the buffer alone,
+    since a micro-batch is read in no time.
+    """
     prefix = cached_prefix(request, lossy)
-    features = 0
-    if prefix is not None:
-        features = batch * prefix.stored_tokens * prefix.width * FLOAT_BYTES
-        if prefix.whole:
-            return PREFETCHED_BATCHES * features + READ_BYTES
+    if prefix is not None and prefix.whole:
+        return READ_BYTES
+    features = _cached_bytes(prefix, batch)
     if not request.overlaps:
         return features
     return PREFETCHED_BATCHES * (cost.input_bytes(request.shape, batch) + features) + request.decode_bytes
+
+
+def _cached_bytes(prefix: CachedPrefix | None, batch: int) -> int:
+    """A micro-batch of what the cache holds, as it is trained on."""
+    return 0 if prefix is None else batch * prefix.stored_tokens * prefix.width * FLOAT_BYTES
 
 
 def resting_bytes(request: PlanRequest, lossy: Lossy) -> tuple[int, int]:

@@ -104,48 +104,43 @@ def prefix_whole_and_pruned(
 
 
 class Looked(NamedTuple):
-    """What a pretrained model makes of images (B), in a few ways at once. A summary (B, 2 D): the class token (or nothing)
-    and the mean of the patch tokens.
-    """
+    """What a pretrained model's lower blocks make of images (B)."""
 
-    at_blocks: list[Tensor]  # summaries of what leaves each block that was asked for
-    at_end: list[Tensor]  # and of what leaves the last block of the model, for each way to drop tokens
+    at_blocks: list[Tensor]  # summaries (B, 2 D) of what leaves each block that was asked for
     tokens: Tensor  # (B, P + N, D) that leave the deepest of those blocks
-    scores: dict[TokenScore, Tensor]  # of each of them, (B, P + N); nothing where no token was dropped
+    scores: dict[TokenScore, Tensor]  # of each of them, (B, P + N); nothing where none was asked for
 
 
-def look(model: AnyViT, images: Tensor, blocks: Sequence[int], leaving: Sequence[tuple[TokenScore, int]]) -> Looked:
-    """`blocks`: after how many blocks to look, rising. `leaving`: how many patch tokens go on to the end from the last of
-    them, and by which score.
-    """
-
-    def summary(tokens: Tensor) -> Tensor:
-        patches = tokens[:, model.num_prefix_tokens :].mean(dim=1)
-        return torch.cat((tokens[:, 0], patches), dim=1) if model.num_prefix_tokens else patches
-
+def look(model: AnyViT, images: Tensor, blocks: Sequence[int], *, scored: bool) -> Looked:
+    """`blocks`: after how many blocks to look, rising. `scored`: with the scores by which tokens may be dropped."""
     with torch.no_grad():
         tokens, at_blocks = embed(model, images), []
         scores: dict[TokenScore, Tensor] = {}
-        pruned = any(count < tokens.shape[1] - model.num_prefix_tokens for _, count in leaving)
         if blocks[0] == 0:
-            at_blocks.append(summary(tokens))
+            at_blocks.append(_summary(model, tokens))
         for done, block in enumerate(model.blocks[: blocks[-1]], start=1):
-            if done == blocks[-1] and pruned:
+            if done == blocks[-1] and scored:
                 tokens, attention = _scored(block, tokens, model.num_prefix_tokens, Recompute.NOTHING, "attention")
                 scores = {"attention": attention, "distance": distances(tokens, model.num_prefix_tokens)}
             else:
                 tokens = run_recomputed(block, tokens, Recompute.NOTHING)
             if done in blocks:
-                at_blocks.append(summary(tokens))
-        at_end = []
-        for score, count in leaving:
-            left = tokens
-            if count < tokens.shape[1] - model.num_prefix_tokens:
-                left = keep_tokens(tokens, scores[score], count, model.num_prefix_tokens)
-            for block in model.blocks[blocks[-1] :]:
-                left = run_recomputed(block, left, Recompute.NOTHING)
-            at_end.append(summary(left))
-        return Looked(at_blocks, at_end, tokens, scores)
+                at_blocks.append(_summary(model, tokens))
+        return Looked(at_blocks, tokens, scores)
+
+
+def at_end(model: AnyViT, tokens: Tensor, blocks: int) -> Tensor:
+    """The summary (B, 2 D) of what leaves the last block, of tokens (B, T, D) that left block `blocks`."""
+    with torch.no_grad():
+        for block in model.blocks[blocks:]:
+            tokens = run_recomputed(block, tokens, Recompute.NOTHING)
+        return _summary(model, tokens)
+
+
+def _summary(model: AnyViT, tokens: Tensor) -> Tensor:
+    """(B, P + N, D) -> (B, 2 D): the class token (or nothing) and the mean of the patch tokens."""
+    patches = tokens[:, model.num_prefix_tokens :].mean(dim=1)
+    return torch.cat((tokens[:, 0], patches), dim=1) if model.num_prefix_tokens else patches
 
 
 def forward(

@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from edgetune.cost import Selection, TokenScore
-from edgetune.vit.loop import apply_selection, forward, keep_tokens, look, prefix, prefix_whole_and_pruned
+from edgetune.vit.loop import apply_selection, at_end, forward, keep_tokens, look, prefix, prefix_whole_and_pruned
 
 FAMILIES = list(zoo.ALL)
 
@@ -102,9 +102,8 @@ def test_one_pass_gives_what_two_give_on_all_tokens_and_on_fewer(family: str, bl
 def test_a_look_sees_what_the_prefix_and_the_rest_of_the_model_make_of_images(family: str) -> None:
     model = zoo.build(family).eval()
     images, patches, depth = zoo.images(model, batch=3), model.patch_embed.num_patches, zoo.depth(model)
-    scores: list[TokenScore] = ["attention", "distance"] if family != "siglip" else []
-    half = patches // 2
-    found = look(model, images, [1, 2], [*((score, half) for score in scores), ("attention", patches)])
+    scored, half = family != "siglip", patches // 2
+    found = look(model, images, [1, 2], scored=scored)
 
     def summary(blocks: int, leaving: int) -> Tensor:
         """Of what goes on from block 2."""
@@ -114,15 +113,11 @@ def test_a_look_sees_what_the_prefix_and_the_rest_of_the_model_make_of_images(fa
 
     assert all(torch.equal(seen, summary(block, patches)) for block, seen in zip([1, 2], found.at_blocks, strict=True))
     assert torch.equal(found.tokens, prefix(model, images, (patches,) * 3, pooled=False))
-    assert torch.equal(found.at_end[-1], summary(depth, patches))
-    assert set(found.scores) == set(scores)
-    for score, at_end in zip(scores, found.at_end, strict=False):
+    assert torch.equal(at_end(model, found.tokens, 2), summary(depth, patches))
+    assert set(found.scores) == ({"attention", "distance"} if scored else set())
+    for score, values in found.scores.items():
         pruned = prefix(model, images, (patches, patches, half), pooled=False, score=score)
-        assert torch.equal(keep_tokens(found.tokens, found.scores[score], half, model.num_prefix_tokens), pruned)
-        for block in model.blocks[2:]:
-            pruned = block(pruned)
-        mean = pruned[:, model.num_prefix_tokens :].mean(dim=1)
-        torch.testing.assert_close(at_end[:, -model.embed_dim :], mean)
+        assert torch.equal(keep_tokens(found.tokens, values, half, model.num_prefix_tokens), pruned)
 
 
 @pytest.mark.parametrize("family", ["deit_tiny", "deit3_small", "dinov2 with registers", "siglip"])
