@@ -61,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
     "replay": {"errors", "job", "planner", "units"},
     "probes": {"planner"},
     "warmup": {"data", "probes"},
-    "caching": {"backends", "cost", "data", "features", "job", "planner", "replay", "settings"},
+    "caching": {"allocator", "backends", "cost", "data", "features", "job", "planner", "replay", "settings"},
     "heads": {"caching", "data", "job", "planner", "probes", "replay"},
     "trainer": {"alast", "backends", "caching", "cost", "data", "errors", "job", "methods", "planner", "replay", "report"},
     "judge": {"devices", "errors", "memory", "profiles", "runtimes", "system", "units"},
@@ -79,8 +79,9 @@ ARROWS: dict[str, set[str]] = {
         "cost", "data", "enforce", "engines", "errors", "features", "job", "judge", "memory", "methods", "planner",
         "profiles", "settings", "shapes", "system", "units", "warmup",
     },
+    "look": {"backends", "cost", "data", "features", "planner", "probes"},
     "splits": {
-        "backends", "cost", "data", "errors", "features", "job", "methods", "planner", "prepare", "probes", "settings", "units",
+        "allocator", "backends", "cost", "data", "errors", "features", "job", "look", "methods", "planner", "prepare", "settings", "units",
     },
     "session": {
         "backends", "caching", "checkpoint", "cost", "data", "engines", "errors", "features", "guard", "heads", "job", "methods", "outcome", "planner", "prepare",
