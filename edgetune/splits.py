@@ -16,7 +16,7 @@ from edgetune.features import LookedFeatures
 from edgetune.job import Listener
 from edgetune.look import CANDIDATES, LOOKED_PX, Found, Sample, find
 from edgetune.methods import adaptive_obstacle, everything
-from edgetune.planner import PREFETCHED_BATCHES, Plan, PlanRequest, pass_batch, process_bytes
+from edgetune.planner import PREFETCHED_BATCHES, Plan, PlanRequest, holes_bytes, pass_batch, process_bytes
 from edgetune.planner import plan as make_plan
 from edgetune.prepare import Setup, scratch_bytes, steps_of, tell_plan
 from edgetune.settings import names_budgets
@@ -148,7 +148,8 @@ def _batch_that_fits(setup: Setup) -> tuple[int, int, bool]:
         live = shape.parameters * FLOAT_BYTES + forward + waiting + look_bytes(shape, batch)
         peak = process_bytes(request.runtime_bytes, live)
         if peak <= request.cap_bytes:
-            # As `planner.keeps_freed`: the holes, and should none of them go, they beside what the run takes.
-            keeps = max(peak + forward, setup.plan.predicted_peak_bytes) + forward <= request.cap_bytes
-            return batch, peak + forward if keeps else peak, keeps
+            holes = holes_bytes(shape, batch, request.threads, request.decode_bytes)
+            # Within the cap the holes, and, should none of them go, they beside what the run takes.
+            keeps = max(peak, setup.plan.predicted_peak_bytes) + holes <= request.cap_bytes
+            return batch, peak + holes if keeps else peak, keeps
     return 0, peak, False

@@ -230,12 +230,17 @@ def phases(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> dict
 def keeps_freed(plan: Plan, shape: ViTShape, phase: str, batch: int) -> bool:
     """Whether passes of `batch` images without gradient may keep what they free for the next one, which saves time.
 
-    As much again as a pass holds may be lost to holes: that must be within what the run takes at its peak, and, should
-    none of it come back, beside that peak within the cap.
+    Their holes must be within what the run takes at its peak, and, should none of them go, beside that peak within the cap.
     """
-    holes = cost.evaluation_peak_bytes(shape, batch, threads=plan.threads)
-    peak = plan.predicted_peak_bytes
-    return plan.predicted_phase_bytes.get(phase, peak) + holes <= peak and peak + holes <= plan.cap_bytes
+    phases, peak = plan.predicted_phase_bytes, plan.predicted_peak_bytes
+    decoding = phases.get("data", 0) - plan.runtime_bytes
+    holes = holes_bytes(shape, batch, plan.threads, max(0, _most_live_bytes(decoding, plan.kept_free_bytes)))
+    return phases.get(phase, peak) + holes <= peak and peak + holes <= plan.cap_bytes
+
+
+def holes_bytes(shape: ViTShape, batch: int, threads: int, decode_bytes: int) -> int:
+    """What may be lost to holes where passes without gradient keep what they free: as much again as they hold."""
+    return cost.evaluation_peak_bytes(shape, batch, threads=threads) + decode_bytes
 
 
 def parts_of(plan: Plan) -> dict[str, int]:
