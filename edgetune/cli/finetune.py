@@ -21,6 +21,7 @@ from edgetune.cli.options import (
     OptimizerChoice,
     OptimizerState,
     RecomputeLevel,
+    TokenScore,
     parse_split,
     parse_views,
     plan_settings,
@@ -67,11 +68,6 @@ class ClassWeights(str, Enum):
 class LayerChoice(str, Enum):
     multinomial = "multinomial"
     top = "top"
-
-
-class TokenScore(str, Enum):
-    attention = "attention"
-    distance = "distance"
 
 
 class TokenShare(str, Enum):
@@ -496,12 +492,11 @@ def finetune(
         "seed": seed,
     }
     given = {name: value for name, value in given.items() if value is not None}
-    if token_score is not None:
-        given["token_score"] = token_score.value
     given |= plan_settings(
         token_floor=token_floor,
         token_ceiling=token_ceiling,
         split_tokens=split_tokens,
+        token_score=token_score,
         embeddings=embeddings,
         recompute=recompute,
         step_in_backward=step_in_backward,

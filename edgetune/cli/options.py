@@ -57,6 +57,11 @@ class CachePrecision(str, Enum):
     float32 = "float32"
 
 
+class TokenScore(str, Enum):
+    attention = "attention"
+    distance = "distance"
+
+
 class Enforce(str, Enum):
     auto = "auto"
     rlimit = "rlimit"
@@ -69,6 +74,7 @@ def plan_settings(
     token_floor: float | None,
     token_ceiling: float | None,
     split_tokens: float | None,
+    token_score: TokenScore | None,
     embeddings: Embeddings | None,
     recompute: RecomputeLevel | None,
     step_in_backward: bool | None,
@@ -81,6 +87,7 @@ def plan_settings(
         "token_floor": token_floor,
         "token_ceiling": token_ceiling,
         "split_tokens": split_tokens,
+        "token_score": None if token_score is None else token_score.value,
         "embeddings": None if embeddings is None else embeddings.value,
         "recompute": None if recompute is None else recompute.value,
         "updates_in_backward": step_in_backward,

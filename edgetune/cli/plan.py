@@ -15,6 +15,7 @@ from edgetune.cli.options import (
     OptimizerChoice,
     OptimizerState,
     RecomputeLevel,
+    TokenScore,
     parse_split,
     plan_settings,
 )
@@ -79,6 +80,10 @@ def plan(
         float | None,
         typer.Option("--split-tokens", help="Share of the tokens that goes on at the split.", show_default=False),
     ] = None,
+    token_score: Annotated[
+        TokenScore | None,
+        typer.Option("--token-score", help="By what the tokens that go on are chosen.", show_default=False),
+    ] = None,
     head_first: Annotated[
         bool | None,
         typer.Option(
@@ -126,6 +131,7 @@ def plan(
         token_floor=token_floor,
         token_ceiling=token_ceiling,
         split_tokens=split_tokens,
+        token_score=token_score,
         embeddings=embeddings,
         recompute=recompute,
         step_in_backward=step_in_backward,

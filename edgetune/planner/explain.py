@@ -44,6 +44,8 @@ def explain(
             f"{_recompute(request, lossy, lossless)} (saves {format_bytes(max(0, plainer[0]))}, costs {plainer[1]:.0%} "
             "more time, changes no result)"
         )
+    if request.split_tokens is not None and request.split_tokens < 1 and not lossy.split_block:
+        lines.append("no token is dropped at the split: nothing is frozen below one")
     if request.token_score != "attention" and lossy.token_ceiling[-1] < shape.patch_tokens:
         lines.append("the patch tokens that go on are those farthest from the mean of all")
     if lossless.updates_in_backward:

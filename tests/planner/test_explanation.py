@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import msgspec
 import pytest
@@ -167,3 +168,17 @@ def test_no_line_is_empty_or_carries_raw_numbers(request: PlanRequest, share: fl
     for line in chosen.explanation:
         assert line.strip() == line != ""
         assert not re.search(r"-\d|nan|inf\b|None|Recompute", line.replace("micro-batch", ""))
+
+
+def test_how_tokens_are_dropped_at_the_split_is_said_and_where_there_is_none() -> None:
+    at_none, by_distance = "no token is dropped at the split", "farthest from the mean"
+
+    def lines(method: str, split: int, **options: Any) -> str:
+        request = make_request(method, split_block=split, **options)
+        return " ".join(plan(request).explanation)
+
+    assert at_none in lines("random-k", 0, split_tokens=0.4)
+    assert at_none not in lines("random-k", 0)
+    assert at_none not in lines("random-k", 8, split_tokens=0.4)
+    assert by_distance in lines("random-k", 8, split_tokens=0.4, token_score="distance")
+    assert by_distance not in lines("random-k", 8, split_tokens=0.4)
