@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -18,13 +18,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edgetune.allocator import freed_blocks_kept
 from edgetune.backends.base import Array, Images, Labels
 from edgetune.cost import Selection
 from edgetune.data import ImageSet, flip_draw, load_batch, prefetch
 from edgetune.features import CHUNK_BYTES, FeatureKey, FeatureStore, LookedFeatures, entry_id, weights_sha256
 from edgetune.job import Interruption, Job
-from edgetune.planner import CachedPrefix, entry_bytes, keeps_freed
+from edgetune.planner import CachedPrefix, entry_bytes
 from edgetune.replay import smaller_batches, within_memory
 from edgetune.settings import Precision, RunSettings
 
@@ -166,23 +165,12 @@ def one_pass(
         for start in range(0, total, size):
             yield load(job, images, places[start : start + size], 0, use)
 
-    ahead, phase = batches_ahead(job, training=use == "train"), "head" if use == "train" else "evaluate"
-    with _without_gradient(job, phase, size), closing(prefetch(batches(), depth=ahead)) as source:
+    with closing(prefetch(batches(), depth=batches_ahead(job, training=use == "train"))) as source:
         for number, loaded in enumerate(source):
             if job.stop.is_set():
                 raise Interruption
             yield completed(job, loaded, use)
             job.listener.progress(what, min((number + 1) * size, total), total)
-
-
-def _without_gradient(job: Job, phase: str, batch: int) -> AbstractContextManager[None]:
-    """For passes of `batch` images without gradient, and nothing else: where there is room, they keep what they free."""
-    keeps = (
-        job.settings.backend == "torch"  # onnxruntime has an allocator of its own
-        and not job.state.tightenings
-        and keeps_freed(job.plan, job.shape, phase, batch)
-    )
-    return freed_blocks_kept() if keeps else nullcontext()
 
 
 def batches_ahead(job: Job, *, training: bool) -> int:
@@ -382,12 +370,8 @@ def _put_through(
 
     if any(part.store.full for part in parts):
         return
-    ahead = batches_ahead(job, training=training)
     try:
-        with (
-            _without_gradient(job, "cache", job.plan.cache_batch),
-            closing(prefetch(batches(), depth=ahead)) as source,
-        ):
+        with closing(prefetch(batches(), depth=batches_ahead(job, training=training))) as source:
             for places, inputs in source:
                 if job.stop.is_set():
                     raise Interruption

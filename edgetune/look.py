@@ -27,6 +27,8 @@ from edgetune.features import LookedFeatures
 from edgetune.planner import rounded_up
 from edgetune.probes import Correct, told_right
 
+Floats = npt.NDArray[np.float32]
+
 # Of the depth: where a split is looked for. Above the last of them a third of the blocks is left to train; with a quarter
 # (block 9 of 12), solar cells were told a point worse, though a classifier saw no difference (benchmarks/split_study.md).
 CANDIDATES = (1 / 3, 1 / 2, 2 / 3)
@@ -55,6 +57,7 @@ class Sample(NamedTuple):
     to_end: int  # so many of them, from the first on, are put through the whole model
     batch: int
     load: Callable[[int, int], Images]  # those from one number up to another
+    turned: Callable[[], None] = lambda: None  # called when a few are done
 
 
 class Found(NamedTuple):
@@ -155,12 +158,13 @@ def _first_pass(
     progress: Callable[[int, int], None],
     *,
     scored: bool,
-) -> tuple[npt.NDArray[np.float32], list[npt.NDArray[np.float32]], npt.NDArray[np.float32]]:
+) -> tuple[Floats, list[Floats], Floats]:
     """Of all images their pixels (N, 3 h w), made small, and what `Backend.look` makes of them at the blocks, each
     (N, 2 D); of the first ones what `Backend.at_end` makes of all their tokens.
     """
-    total, pixels, at_end = len(sample.labels), [], []
-    parts: list[list[npt.NDArray[np.float32]]] = [[] for _ in blocks]
+    total = len(sample.labels)
+    pixels, at_end = _Rows(total), _Rows(sample.to_end)
+    at_blocks = [_Rows(total) for _ in blocks]
 
     def batches() -> Iterator[tuple[int, Images]]:
         # A batch goes to the end or it doesn't.
@@ -171,16 +175,34 @@ def _first_pass(
 
     with closing(prefetch(batches())) as source:
         for stop, inputs in source:
-            pixels.append(small(inputs))
+            pixels.add(small(inputs))
             found = backend.look(inputs, blocks, scored=scored)
-            for part, summary in zip(parts, found.at_blocks, strict=True):
-                part.append(summary)
+            for rows, summary in zip(at_blocks, found.at_blocks, strict=True):
+                rows.add(summary)
             if keeps is not None:
                 keeps.add(found.tokens, found.scores)
             if stop <= sample.to_end:
-                at_end.append(backend.at_end(found.tokens, blocks[-1]))
+                at_end.add(backend.at_end(found.tokens, blocks[-1]))
+            del found, inputs
+            sample.turned()
             progress(stop, total)
-    return np.concatenate(pixels), [np.concatenate(part) for part in parts], np.concatenate(at_end)
+    return pixels.values, [rows.values for rows in at_blocks], at_end.values
+
+
+class _Rows:
+    """An array (count, D) that is filled from its start: results that came to lie one by one between what is freed would
+    keep it from being of use.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count, self._done = count, 0
+        self.values: Floats = np.empty((0, 0), np.float32)
+
+    def add(self, values: Floats) -> None:
+        if not self._done:
+            self.values = np.empty((self._count, values.shape[1]), np.float32)
+        self.values[self._done : self._done + len(values)] = values
+        self._done += len(values)
 
 
 class _Tokens:
@@ -192,13 +214,15 @@ class _Tokens:
         self.kept = kept
         self._backend, self._sample, self._split = backend, sample, split
 
-    def at_end(self, score: TokenScore, leaving: int) -> npt.NDArray[np.float32]:
+    def at_end(self, score: TokenScore, leaving: int) -> Floats:
         """(N, 2 D): what `Backend.at_end` makes of them where so many patch tokens go on."""
-        found = []
-        for start in range(0, self._sample.to_end, self._sample.batch):
-            tokens, scores = self._of(start, min(start + self._sample.batch, self._sample.to_end))
-            found.append(self._backend.at_end(self._backend.pruned(tokens, scores[score], leaving), self._split))
-        return np.concatenate(found)
+        sample, found = self._sample, _Rows(self._sample.to_end)
+        for start in range(0, sample.to_end, sample.batch):
+            tokens, scores = self._of(start, min(start + sample.batch, sample.to_end))
+            found.add(self._backend.at_end(self._backend.pruned(tokens, scores[score], leaving), self._split))
+            del tokens, scores
+            sample.turned()
+        return found.values
 
     def _of(self, start: int, stop: int) -> tuple[Array, Mapping[Any, Array]]:
         places = self._sample.places[start:stop]

@@ -66,14 +66,19 @@ def one_hot(labels: npt.NDArray[np.int64], classes: int | None = None) -> Array:
 
 def inverted(matrix: Array) -> Array:
     """The inverse of a positive definite matrix (N, N), which is overwritten: Gauss-Jordan, without pivots."""
+    column, product = (
+        np.empty(len(matrix)),
+        np.empty_like(matrix),
+    )  # once: each new array of this size costs page faults
     for place in range(len(matrix)):
         pivot = matrix[place, place]
-        column = matrix[:, place].copy()
+        column[:] = matrix[:, place]
         column[place] = 0.0
+        matrix[:, place] = 0.0
         matrix[place, place] = 1.0
         matrix[place] /= pivot
-        matrix[:, place] *= np.arange(len(matrix)) == place
-        matrix -= column[:, None] * matrix[place]
+        np.multiply(column[:, None], matrix[place], out=product)
+        matrix -= product
     return matrix
 
 

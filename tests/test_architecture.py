@@ -61,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
     "replay": {"errors", "job", "planner", "units"},
     "probes": {"planner"},
     "warmup": {"data", "probes"},
-    "caching": {"allocator", "backends", "cost", "data", "features", "job", "planner", "replay", "settings"},
+    "caching": {"backends", "cost", "data", "features", "job", "planner", "replay", "settings"},
     "heads": {"caching", "data", "job", "planner", "probes", "replay"},
     "trainer": {"alast", "backends", "caching", "cost", "data", "errors", "job", "methods", "planner", "replay", "report"},
     "judge": {"devices", "errors", "memory", "profiles", "runtimes", "system", "units"},

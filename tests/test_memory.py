@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 import subprocess
 import sys
 import threading
@@ -408,39 +407,6 @@ print(json.dumps([said, (full - snapshot().anonymous_bytes) / MIB]))
     assert said == "glibc returns freed blocks from 32.0 KiB on, 2 arenas"
     assert given_back == pytest.approx(25, abs=4)
     assert given_back_by_default < 5
-
-
-@linux
-def test_what_is_freed_is_kept_for_as_long_as_it_is_asked_for() -> None:
-    """Passes as a model's are: the same sizes again and again, and something small that stays."""
-    script = """
-import resource
-from contextlib import nullcontext
-from edgetune.allocator import freed_blocks_kept
-
-def passes():
-    before, stay = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
-    for _ in range(20):
-        blocks = [np.ones(size * 1024, np.uint8) for size in (4000, 300, 900, 40)]
-        stay.append(np.ones(64, np.uint8))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-passes()
-start = snapshot().anonymous_bytes
-given_back = passes()
-with freed_blocks_kept():
-    kept = passes()
-    held = snapshot().anonymous_bytes - start
-left = snapshot().anonymous_bytes - start
-print(json.dumps([said, given_back, kept, held / MIB, left / MIB, passes()]))
-"""
-    said, given_back, kept, held_mib, left_mib, afterwards = _run(script, setting="said = limit_allocator()\n")
-    if said.startswith("unchanged"):
-        pytest.skip(said)
-    assert given_back > 20 * 5000 * 1024 / mmap.PAGESIZE > 4 * kept
-    assert held_mib > 4
-    assert left_mib < 1
-    assert afterwards > 0.7 * given_back  # as it was; what the heap has left is used first
 
 
 @pytest.mark.parametrize(

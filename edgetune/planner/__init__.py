@@ -7,7 +7,7 @@ step to the plan, `prefix.py` says what is cached of what never trains, `setups.
 
 from edgetune.planner.explain import format_cap
 from edgetune.planner.lighter import lightened
-from edgetune.planner.phases import holes_bytes, keeps_freed, parts_of, pass_batch, process_bytes
+from edgetune.planner.phases import parts_of, pass_batch, process_bytes
 from edgetune.planner.prefix import entry_bytes, pinned, views_that_fit
 from edgetune.planner.search import plan, replayed, smallest_cap_bytes
 from edgetune.planner.tokens import ceilings, default_token_floor, fit, pruned_tokens, rounded_up
@@ -42,8 +42,6 @@ __all__ = [
     "entry_bytes",
     "fit",
     "format_cap",
-    "holes_bytes",
-    "keeps_freed",
     "lightened",
     "parts_of",
     "pass_batch",

@@ -227,22 +227,6 @@ def phases(request: PlanRequest, lossy: Lossy, training_live_bytes: int) -> dict
     return {phase: needed_bytes(request, lossy, size) for phase, size in live.items()}
 
 
-def keeps_freed(plan: Plan, shape: ViTShape, phase: str, batch: int) -> bool:
-    """Whether passes of `batch` images without gradient may keep what they free for the next one, which saves time.
-
-    Their holes must be within what the run takes at its peak, and, should none of them go, beside that peak within the cap.
-    """
-    phases, peak = plan.predicted_phase_bytes, plan.predicted_peak_bytes
-    decoding = phases.get("data", 0) - plan.runtime_bytes
-    holes = holes_bytes(shape, batch, plan.threads, max(0, _most_live_bytes(decoding, plan.kept_free_bytes)))
-    return phases.get(phase, peak) + holes <= peak and peak + holes <= plan.cap_bytes
-
-
-def holes_bytes(shape: ViTShape, batch: int, threads: int, decode_bytes: int) -> int:
-    """What may be lost to holes where passes without gradient keep what they free: as much again as they hold."""
-    return cost.evaluation_peak_bytes(shape, batch, threads=threads) + decode_bytes
-
-
 def parts_of(plan: Plan) -> dict[str, int]:
     """What each kind holds at its own largest while it trains, bytes. They are not all at their largest at once: the
     peak is less.

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from planner_cases import RUNTIME, capped, make_request, requests
 
-from edgetune.cost import FLOAT_BYTES, evaluation_peak_bytes
+from edgetune.cost import FLOAT_BYTES
 from edgetune.methods import METHODS
-from edgetune.planner import keeps_freed, parts_of, plan, process_bytes, smallest_cap_bytes
+from edgetune.planner import parts_of, plan, process_bytes, smallest_cap_bytes
 from edgetune.planner.choices import lossy_choices
 from edgetune.planner.phases import (
     READ_BYTES,
@@ -202,20 +202,3 @@ def test_the_phases_of_a_choice_are_those_of_its_plan() -> None:
 def test_a_pass_takes_as_many_images_as_its_tokens_allow() -> None:
     assert pass_batch(make_request().shape) == 4  # 197 tokens
     assert pass_batch(msgspec.structs.replace(make_request().shape, prefix_tokens=2000)) == 1
-
-
-@given(requests(max_depth=4), st.floats(0, 3))
-@settings(deadline=None)
-def test_what_a_pass_frees_is_kept_only_where_as_much_again_fits_within_the_run_s_peak_and_the_cap(
-    request: PlanRequest, share: float
-) -> None:
-    smallest = smallest_cap_bytes(request)
-    chosen = plan(capped(request, smallest + int(share * smallest)))
-    batch, phases = chosen.evaluation_batch, chosen.predicted_phase_bytes
-    holes = evaluation_peak_bytes(request.shape, batch, threads=chosen.threads) + request.decode_bytes
-    if keeps_freed(chosen, request.shape, "evaluate", batch):
-        assert phases["evaluate"] + holes <= chosen.predicted_peak_bytes
-        assert chosen.predicted_peak_bytes + holes <= chosen.cap_bytes
-    assert not keeps_freed(chosen, request.shape, "another", 1)
-    roomy = msgspec.structs.replace(chosen, cap_bytes=2**60, predicted_peak_bytes=2**50)
-    assert keeps_freed(roomy, request.shape, "evaluate", batch)
