@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import subprocess
 import sys
 import threading
@@ -407,6 +408,69 @@ print(json.dumps([said, (full - snapshot().anonymous_bytes) / MIB]))
     assert said == "glibc returns freed blocks from 32.0 KiB on, 2 arenas"
     assert given_back == pytest.approx(25, abs=4)
     assert given_back_by_default < 5
+
+
+PASSES = """
+import resource
+from edgetune.allocator import arena_bytes, freed_blocks_kept
+
+def passes(count=20, turned=lambda: None, stays=False):
+    # The same sizes again and again, as a model's; its faults. stays: and something small that stays.
+    before, stay = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, []
+    for _ in range(count):
+        blocks = [np.ones(size * 1024, np.uint8) for size in (4000, 300)]
+        if stays:
+            stay.append(np.ones(20 * 1024, np.uint8))
+        blocks += [np.ones(size * 1024, np.uint8) for size in (900, 40, 2500)]
+        del blocks
+        turned()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+"""
+
+
+@linux
+def test_what_is_freed_is_kept_for_as_long_as_it_is_asked_for() -> None:
+    said, given_back, kept, left_mib, afterwards = _run(
+        PASSES
+        + """
+passes()
+start = snapshot().anonymous_bytes
+given_back = passes()
+with freed_blocks_kept(20 * MIB) as turned:
+    kept = passes(turned=turned)
+left = snapshot().anonymous_bytes - start
+print(json.dumps([said, given_back, kept, left / MIB, passes()]))
+""",
+        setting="said = limit_allocator()\n",
+    )
+    if said.startswith("unchanged"):
+        pytest.skip(said)
+    assert given_back > 20 * 7700 * 1024 / mmap.PAGESIZE > 4 * kept
+    assert left_mib < 1
+    assert afterwards > 0.5 * given_back  # as it was; what the heap has left is used first
+
+
+@linux
+def test_a_heap_that_grows_all_the_same_is_given_back() -> None:
+    said, grown_mib, bounded_mib, left_mib = _run(
+        PASSES
+        + """
+before, start = arena_bytes(), snapshot().anonymous_bytes
+with freed_blocks_kept(10**12) as turned:
+    passes(100, turned, stays=True)
+    grown = arena_bytes() - before
+before, start, seen = arena_bytes(), snapshot().anonymous_bytes, []
+with freed_blocks_kept(16 * MIB) as turned:
+    passes(100, lambda: (seen.append(arena_bytes() - before), turned()), stays=True)
+print(json.dumps([said, grown / MIB, max(seen) / MIB, (snapshot().anonymous_bytes - start) / MIB]))
+""",
+        setting="said = limit_allocator()\n",
+    )
+    if said.startswith("unchanged"):
+        pytest.skip(said)
+    print(grown_mib, bounded_mib)
+    assert bounded_mib <= 16 + 8  # and what one turn takes
+    assert left_mib < 4
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -23,8 +24,9 @@ from edgetune.features import LookedFeatures
 from edgetune.look import Found, Sample, Way, candidate_splits, choose_split, find, loses_nothing, small
 from edgetune.methods import METHODS, space_of
 from edgetune.planner import PlanRequest, smallest_cap_bytes
+from edgetune.planner import plan as make_plan
 from edgetune.report import read_report
-from edgetune.splits import _planned
+from edgetune.splits import _batch_that_fits, _planned
 from edgetune.units import GIB, MIB
 
 
@@ -126,10 +128,12 @@ def _look(
         loaded.append((start, stop))
         return images
 
-    sample = Sample(np.arange(96), labels, to_end, 8, load)
+    turns: list[int] = []
+    sample = Sample(np.arange(96), labels, to_end, 8, load, lambda: turns.append(1))
     found = find(
         backend, make_shape(depth=12), sample, kept, lambda _done, _total: None, lowest_split=lowest, scores=scores
     )
+    assert len(turns) >= len(loaded)  # after each few images
     assert len(found.lines) == 1 + (len(scores) > 0 and not pixels_tell)
     return found, backend, loaded
 
@@ -226,6 +230,25 @@ def make_request(method: str) -> PlanRequest:
     return PlanRequest(
         shape=shape, space=space, cap_bytes=GIB, batch_size=8, optimizer="adamw", runtime_bytes=MIB,
     )  # fmt: skip
+
+
+def test_what_a_look_frees_is_kept_only_where_the_cap_has_room_for_it_twice_beside_what_the_run_takes() -> None:
+    request = make_request("alast")
+
+    def fits(cap_bytes: int) -> tuple[int, int, int]:
+        asked = msgspec.structs.replace(request, cap_bytes=cap_bytes)
+        return _batch_that_fits(SimpleNamespace(request=asked, plan=plan))  # type: ignore[arg-type]
+
+    plan = make_plan(msgspec.structs.replace(request, cap_bytes=64 * GIB))
+    batch, peak, holes = fits(64 * GIB)
+    assert holes > 0
+    at_least = max(peak, plan.predicted_peak_bytes) + 2 * holes
+    assert fits(at_least) == (batch, peak, holes)
+    tight = fits(plan.predicted_peak_bytes + 2 * holes - 1)
+    assert tight[0] == batch
+    assert tight[1] < peak
+    assert tight[2] == 0
+    assert fits(MIB)[0] == 0
 
 
 BADLY = Found(0, 1.0, ("why",), fits=False)
