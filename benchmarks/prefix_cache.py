@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,7 +122,12 @@ def costs_of(task: Task, rounds: int, ways: Sequence[tuple[str, list[str]]]) -> 
                 figures = run(task, data, arguments, output, trained if name == AUTO else None)
                 print(f"{task.model}, round {number + 1}: {name}: {figures}", flush=True)
                 found[name].append(figures)
-    base = _best(found[names[0]])
+    return costs_table(found, names[0], "in these images (noise, with the model that full fine-tuning made)")
+
+
+def costs_table(found: Mapping[str, Sequence[Figures]], compared_with: str, in_what: str = "") -> str:
+    """A line a way, of its best rounds, and what the default among them found."""
+    base = _best(found[compared_with])
     rows = []
     for name, runs in found.items():
         best = _best(runs)
@@ -141,7 +146,7 @@ def costs_of(task: Task, rounds: int, ways: Sequence[tuple[str, list[str]]]) -> 
             ]
         )
     told = "; ".join(dict.fromkeys(figures.found for figures in found[AUTO]))
-    return f"{table(COLUMNS, rows)}\n\nWhat `{AUTO}` found in these images (noise, with the model that full fine-tuning made): {told}\n"
+    return f"{table(COLUMNS, rows)}\n\nWhat `{AUTO}` found{f' {in_what}' if in_what else ''}: {told}\n"
 
 
 def _best(runs: Sequence[Figures]) -> Figures:

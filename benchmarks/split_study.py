@@ -13,7 +13,7 @@ images (of those within a point of each other, by three seeds); so does a split 
 finalists run with three seeds, and are compared with full fine-tuning image by image.
 
 A part's text is kept in `benchmarks/results`, split_study.md is all of them. Costs come from runs of their own (`--part
-cost`), one after the other: nothing else may run beside them.
+cost`, and of the default on solar cells `--part solar-cost`), one after the other: nothing else may run beside them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,13 +32,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import split_study_data
-from prefix_cache import WAYS, costs_of, title
+from prefix_cache import AUTO as AUTO_ARGUMENTS
+from prefix_cache import WAYS, Figures, costs_of, costs_table, title
 from prefix_cache import Task as CostTask
+from prefix_cache import run as cost_run
 from writing import machine, table
 
 from edgetune.units import MIB
 
-PARTS = (*split_study_data.SIZES, "cost")
+COST_PARTS = ("cost", "solar-cost")
+PARTS = (*split_study_data.SIZES, *COST_PARTS)
 SEEDS = (0, 1, 2)
 SPLITS = (0, 4, 8, 10)
 TOKENS = (1.0, 0.67, 0.4)
@@ -262,6 +266,22 @@ def costs(rounds: int) -> list[str]:
     return parts
 
 
+def solar_costs(work: Path, rounds: int) -> list[str]:
+    """What the default takes on a real task, as it finds it, and full fine-tuning."""
+    split_study_data.prepare(work, ["solar"])
+    images, weights = work / "solar" / "runs", split_study_data.weights_file(work)
+    count = sum(1 for path in (images / "train").rglob("*") if path.is_file())
+    task = CostTask(split_study_data.VIT_NAME, 5, count, 112)
+    found: dict[str, list[Figures]] = {FULL.name: [], AUTO_ARGUMENTS: []}
+    for number in range(rounds):
+        for name, arguments in ((FULL.name, list(FULL.arguments)), (AUTO_ARGUMENTS, AUTO_ARGUMENTS.split())):
+            with tempfile.TemporaryDirectory() as folder:
+                figures = cost_run(task, images, arguments, Path(folder, "run"), weights)
+            print(f"solar, round {number + 1}: {name}: {figures}", flush=True)
+            found[name].append(figures)
+    return [f"## Cost of the default on solar cells: {title(task)}\n", costs_table(found, FULL.name)]
+
+
 def write(part: str, text: str, command: str) -> None:
     """Keep a part's text, and put all of them together in split_study.md."""
     _kept(part).write_text(f"Made by `{command}` on {machine()}.\n\n{text}", encoding="utf-8")
@@ -290,15 +310,16 @@ def main() -> None:
     args = parser.parse_args()
     for part in args.part or [part for part in PARTS if part != "clothes"]:
         command = f"python benchmarks/split_study.py --work WORK --part {part}"
-        if part == "cost":
-            text, command = "\n".join(costs(args.rounds)), f"{command} --rounds {args.rounds}"
+        if part in COST_PARTS:
+            lines = costs(args.rounds) if part == "cost" else solar_costs(args.work, args.rounds)
+            text, command = "\n".join(lines), f"{command} --rounds {args.rounds}"
         else:
             split_study_data.prepare(args.work, [part])
             task = tasks(args.work)[part]
             text = "\n".join(study(Study(task, args.work, args.epochs, args.jobs), fixed=not args.default_only))
             command += f" --epochs {args.epochs} --jobs {args.jobs}" + " --default-only" * args.default_only
         print(text)
-        write(f"{part}-default" if args.default_only and part != "cost" else part, text, command)
+        write(f"{part}-default" if args.default_only and part not in COST_PARTS else part, text, command)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ class TrainingState(msgspec.Struct):
     before: Scores | None = None
     alast: AlastState | None = None
     tightenings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # for the report: what was found on the way
     look_seconds: float | None = None  # for the split, before the first step; None: it was not looked for
     cache_seconds: float = 0.0
     cache_written_bytes: int = 0

@@ -55,6 +55,7 @@ class Setup(msgspec.Struct, frozen=True, kw_only=True):
     decode_budget_bytes: int
     pictures: Pictures | None
     scratch_folder: Path | None  # where a run may keep what it wants again; None: nowhere
+    looks: bool  # whether the split is still to be found, by looking at the images
     looked: LookedFeatures | None = None
     notes: tuple[str, ...]
 
@@ -74,6 +75,11 @@ def prepare(
 
     `stored_plan` is the run's own where it is resumed; with `replay` it is another run's.
     """
+    above = existing(cache_folder(settings, run_folder))
+    if not above.is_dir():
+        raise UsageError(
+            f"--cache {settings.cache_dir}: {above} is a file. Name a folder; it is made where there is none."
+        )
     engine = engine_of(settings)
     _, preprocess = engine.describe(settings, 2)
     left = judge.cap_bytes - judge.device_runtime_bytes
@@ -152,12 +158,11 @@ def prepare(
         notes.append(f"warning: {what} stay frozen at random weights; --method full trains everything")
     for note in notes:
         listener.note(note)
-    if not looks(settings, request, len(data.train.paths), replay=stored_plan is not None):
-        if settings.split == "auto" and stored_plan is None:
-            listener.note(
-                f"--split auto: not looked for, which takes a pretrained model, a split to choose, and {LEAST_PASSES} passes "
-                "over the images or more"
-            )
+    refusal = None if stored_plan is not None else why_not_looked(settings, request, len(data.train.paths))
+    if refusal is not None and settings.split == "auto":
+        notes.append(f"--split auto: not looked for, since {refusal}")
+        listener.note(notes[-1])
+    if refusal is not None or stored_plan is not None:
         tell_plan(plan, listener)
     return Setup(
         settings=settings,
@@ -170,6 +175,7 @@ def prepare(
         decode_budget_bytes=decode_budget,
         pictures=pictures,
         scratch_folder=scratch,
+        looks=refusal is None and stored_plan is None,
         notes=tuple(notes),
     )
 
@@ -194,19 +200,22 @@ def tell_plan(plan: Plan, listener: Listener) -> None:
         listener.note(f"plan: {line}")
 
 
-def looks(settings: RunSettings, request: PlanRequest, images: int, *, replay: bool) -> bool:
-    """Whether the split is found by looking at the images: where a pretrained model has something to freeze, nobody named
-    what, and images are seen often enough for it to pay.
+def why_not_looked(settings: RunSettings, request: PlanRequest, images: int) -> str | None:
+    """Why the split is not found by looking at the images; None: it is. That takes a pretrained model that has something to
+    freeze, nobody who named what, and images that are seen often enough for it to pay.
     """
-    named = (settings.split_block, settings.trained_blocks)
-    return (
-        not replay
-        and looks_for_split(settings)
-        and named == (None, None)
-        and settings.pretrained
-        and len(request.space.splits) > 1
-        and steps_of(settings, request, images) * request.batch_size >= LEAST_PASSES * images
-    )
+    passes = steps_of(settings, request, images) * request.batch_size / images
+    if not looks_for_split(settings):
+        return "nobody asked"
+    if (settings.split_block, settings.trained_blocks) != (None, None):
+        return "what trains is named"
+    if not settings.pretrained:
+        return "the model is not pretrained"
+    if len(request.space.splits) < 2:
+        return f"--method {settings.method} leaves no split to choose here"
+    if passes < LEAST_PASSES:
+        return f"it pays from {LEAST_PASSES} passes over the images on, and these are {passes:.1f}"
+    return None
 
 
 def steps_of(settings: RunSettings, request: PlanRequest, images: int) -> int:

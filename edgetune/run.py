@@ -25,9 +25,9 @@ from edgetune.data import some
 from edgetune.engines import Built
 from edgetune.errors import ArtifactsError, CapExceeded, RunFolderError, UsageError
 from edgetune.guard import Guard, guarded, memory_ends
-from edgetune.job import Listener
+from edgetune.job import Listener, TrainingState
 from edgetune.memory import MemoryMeter
-from edgetune.prepare import Setup, build, looks, prepare, reserved_bytes, settings_of_plan, warm_up
+from edgetune.prepare import Setup, build, prepare, reserved_bytes, settings_of_plan, warm_up
 from edgetune.replay import forget
 from edgetune.report import RunReport, read_report
 from edgetune.selections import read_selections
@@ -88,15 +88,14 @@ def finetune(
                 backend = built.backend
                 if settings.replay is not None:
                     _begin_as(Path(settings.replay), backend)
-            look_seconds = None
-            if looks(setup.settings, setup.request, len(setup.data.train.paths), replay=stored_plan is not None):
+            state = TrainingState()
+            if setup.looks:
                 looked = time.monotonic()
                 with meter.phase("look"), memory_ends("looking for the split", guard):
-                    setup = decide(setup, backend, listener)
-                look_seconds = time.monotonic() - looked
+                    setup, state.notes = decide(setup, backend, listener)
+                state.look_seconds = time.monotonic() - looked
             with meter.phase("load"), memory_ends("writing the run folder", guard):
-                stored, standing = _write_start(setup, path, built)
-                standing.state.look_seconds = look_seconds
+                stored, standing = _write_start(setup, path, built, state)
             if setup.plan.prefix is None:
                 _reserve(backend, setup, guard)
         except BaseException as error:
@@ -285,7 +284,7 @@ def _check_replayed(run: Path, setup: Setup) -> None:
         )
 
 
-def _write_start(setup: Setup, path: Path, built: Built) -> tuple[StoredRun, Standing]:
+def _write_start(setup: Setup, path: Path, built: Built, state: TrainingState) -> tuple[StoredRun, Standing]:
     """All of the run folder that does not change, from the model as the run starts with it."""
     stored = StoredRun(
         settings=setup.settings,
@@ -297,7 +296,7 @@ def _write_start(setup: Setup, path: Path, built: Built) -> tuple[StoredRun, Sta
         architecture=built.architecture,
         model_args=built.model_args,
     )
-    return stored, write_start(path, stored, setup.plan, built.config, built.backend)
+    return stored, write_start(path, stored, setup.plan, built.config, built.backend, state)
 
 
 def _reserve(backend: Backend, setup: Setup, guard: Guard) -> None:

@@ -132,7 +132,7 @@ def train_and_report(session: Session, listener: Listener) -> RunReport:
         steps_per_epoch=job.steps_per_epoch,
         cached_bytes=None if session.cache is None else session.cache.stored_bytes,
         cache_precision=None if session.cache is None else session.cache.precision,
-        notes=(*setup.notes, *session.standing.notes),
+        notes=(*setup.notes, *state.notes, *session.standing.notes),
     )
     report = make_report(outcome)
     with _whatever_ended_it(error), memory_ends("writing the report", guard):
@@ -178,7 +178,7 @@ def _cache(session: Session, job: Job, prefix: CachedPrefix) -> None:
         make(job, features, looked)
     except FeaturesOverflow as error:
         features.remove()
-        job.listener.note(f"{error}; the cache is kept as float32")
+        _tell(job, f"{error}; the cache is kept as float32")
         features = open_features(job, place, prefix, "float32")
         make(job, features)
     finally:
@@ -188,7 +188,7 @@ def _cache(session: Session, job: Job, prefix: CachedPrefix) -> None:
     job.features = features
     session.cache = features
     for note in features.notes:
-        job.listener.note(note)
+        _tell(job, note)
     if prefix.whole and features.is_whole:
         before = session.guard.meter.current().total_bytes
         stored = open_base(session.path, session.standing.base_sha256)
@@ -203,11 +203,22 @@ def _cache(session: Session, job: Job, prefix: CachedPrefix) -> None:
     elif prefix.whole:
         _go_on_without_all(session, job, features)
     elif features.full is not None:
-        job.listener.note(f"only a part is cached ({features.full}): the rest is computed when it is needed")
+        _tell(job, f"{_cached_part(features, folder)}: the rest is computed when it is needed")
     session.standing.restore_optimizer()
     if job.plan.keeps_state:
         backend.reserve(trainable_space(job.plan))
     job.ready = True
+
+
+def _tell(job: Job, note: str) -> None:
+    """To who watches, and to the report, which a run that goes on later still has."""
+    job.listener.note(note)
+    job.state.notes = tuple(dict.fromkeys((*job.state.notes, note)))
+
+
+def _cached_part(features: Features, folder: Path) -> str:
+    why = features.full or "some of it can't be read back"
+    return f"only a part is cached ({why})" if features.stored_bytes else f"nothing can be cached in {folder} ({why})"
 
 
 def _kept_free_bytes(session: Session, cache: Path) -> int:
@@ -224,15 +235,15 @@ def _go_on_without_all(session: Session, job: Job, features: Features) -> None:
     request = pinned(session.setup.request, partly)
     splits = tuple(split for split in request.space.splits if split >= partly.blocks)
     request = msgspec.structs.replace(request, space=msgspec.structs.replace(request.space, splits=splits))
-    why = features.full or "some of it can't be read back"
+    part = _cached_part(features, cache_folder(session.setup.settings, session.path))
     try:
         job.plan = _make_plan(session, request)
     except DoesNotFit as error:
         raise DoesNotFit(
-            f"the cache of the frozen blocks can't be whole ({why}), and with them in memory {error}",
+            f"{part}, and with the frozen blocks in memory {error}",
             error.smallest_cap_bytes,
         ) from error
-    job.listener.note(f"only a part is cached ({why}): the rest is computed when it is needed, under a new plan:")
+    _tell(job, f"{part}: the rest is computed when it is needed, under a new plan")
     for line in job.plan.explanation:
         job.listener.note(f"plan: {line}")
     write_json(session.path / PLAN_FILE, job.plan)

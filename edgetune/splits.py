@@ -40,17 +40,19 @@ def look_bytes(shape: ViTShape, batch: int) -> int:
     return streams + max(summaries, pixels) + pixels // 2 + 5 * MOST_IMAGES**2 * 8
 
 
-def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
-    """The setup with the split, and the tokens that are kept there, that a sample of the training images asks for.
+def decide(setup: Setup, backend: Backend, listener: Listener) -> tuple[Setup, tuple[str, ...]]:
+    """The setup with the split, and the tokens that are kept there, that a sample of the training images asks for; and what
+    was found, in words.
 
     What the user named stays; so does what the cap leaves no choice in.
     """
     settings, shape = setup.settings, setup.shape
-    size, peak_bytes, holes_bytes = _batch_that_fits(setup)
+    size, peak_bytes, holes_bytes = _batch_that_fits(setup.request, setup.plan)
     if not size:
-        listener.note(f"split: not looked for, which takes {format_bytes(peak_bytes)}: the lowest that fits")
+        why = f"split: not looked for, which takes {format_bytes(peak_bytes)}: the lowest that fits"
+        listener.note(why)
         tell_plan(setup.plan, listener)
-        return setup
+        return setup, (why,)
     sample = _sample(setup, size)
     prunes = settings.split_tokens is None and adaptive_obstacle(shape) is None
     scores: tuple[TokenScore, ...] = ()
@@ -77,8 +79,9 @@ def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
     with freed_blocks_kept(holes_bytes) if holes_bytes else nullcontext(lambda: None) as turned:
         sample = sample._replace(turned=turned)
         found = find(backend, shape, sample, kept, progress, lowest_split=setup.plan.split_block, scores=scores)
-    for line in found.lines:
-        listener.note(f"split: {line}")
+    lines = tuple(f"split: {line}" for line in found.lines)
+    for line in lines:
+        listener.note(line)
     request, plan = _planned(
         setup.request,
         found,
@@ -93,8 +96,7 @@ def decide(setup: Setup, backend: Backend, listener: Listener) -> Setup:
     looked = found.looked
     if looked is not None and (plan.prefix is None or plan.prefix.blocks != looked.blocks):
         looked.close()  # no cache takes it
-    notes = (*setup.notes, *(f"split: {line}" for line in found.lines))
-    return msgspec.structs.replace(setup, request=request, plan=plan, notes=notes, looked=looked)
+    return msgspec.structs.replace(setup, request=request, plan=plan, looked=looked), lines
 
 
 def _sample(setup: Setup, batch: int) -> Sample:
@@ -141,11 +143,12 @@ def _planned(
     return request, make_plan(request)
 
 
-def _batch_that_fits(setup: Setup) -> tuple[int, int, int]:
+def _batch_that_fits(request: PlanRequest, before: Plan) -> tuple[int, int, int]:
     """(images at once, the process's predicted peak, bytes that the heap may grow by where what is freed is kept) of a look
-    within the cap. 0 images where none is; 0 bytes where the cap has no room for it, and the look takes a third more time.
+    within the cap; `before`: the plan without it. 0 images where none is; 0 bytes where the cap has no room for it, and the
+    look takes a third more time.
     """
-    request, shape, peak = setup.request, setup.shape, 0
+    shape, peak = request.shape, 0
     for batch in sorted({pass_batch(shape), min(4, pass_batch(shape)), 1}, reverse=True):
         forward = evaluation_peak_bytes(shape, batch, threads=request.threads)
         waiting = (PREFETCHED_BATCHES * input_bytes(shape, batch) if request.overlaps else 0) + request.decode_bytes
@@ -154,7 +157,7 @@ def _batch_that_fits(setup: Setup) -> tuple[int, int, int]:
         if peak <= request.cap_bytes:
             # Should none of it go, it stands beside what the run takes; and one turn adds to it before that is seen.
             holes = HEAP_OF_PASSES * forward + request.decode_bytes
-            if max(peak, setup.plan.predicted_peak_bytes) + 2 * holes <= request.cap_bytes:
+            if max(peak, before.predicted_peak_bytes) + 2 * holes <= request.cap_bytes:
                 return batch, peak + forward, holes
             return batch, peak, 0
     return 0, peak, 0

@@ -51,9 +51,11 @@ T = TypeVar("T")
 
 
 def write_start(
-    folder: Path, stored: StoredRun, plan: Plan, timm_config: Mapping[str, Any], backend: Backend
+    folder: Path, stored: StoredRun, plan: Plan, timm_config: Mapping[str, Any], backend: Backend, state: TrainingState
 ) -> Standing:
-    """Write everything that does not change during a run, the weights it starts from included, and a first checkpoint."""
+    """Write everything that does not change during a run, the weights it starts from included, and a first checkpoint of
+    `state`.
+    """
     write_json(folder / RUN_FILE, stored)
     write_json(folder / PLAN_FILE, plan)
     write_json(folder / CONFIG_FILE, timm_config)
@@ -61,8 +63,8 @@ def write_start(
     write_atomically(folder / LABELS_FILE, labels.encode("utf-8", "surrogateescape"))
     base_sha256 = save_base(folder, backend.model_tensors())
     write = checkpoint_writer(folder, plan, backend, stored.settings.seed, base_sha256)
-    write(TrainingState())
-    return Standing(TrainingState(), write, (), base_sha256)
+    write(state)
+    return Standing(state, write, (), base_sha256)
 
 
 def write_model(

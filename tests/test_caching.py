@@ -23,7 +23,7 @@ from PIL import Image
 
 from edgetune import planner, trainer
 from edgetune.data import images as decoding
-from edgetune.errors import DoesNotFit, Interrupted
+from edgetune.errors import DoesNotFit, Interrupted, UsageError
 from edgetune.inference import evaluate, load_run
 from edgetune.planner import Plan, PlanRequest
 from edgetune.report import RunReport, read_report
@@ -321,7 +321,8 @@ def test_a_disk_that_fills_up_meanwhile_does_not_fail_the_run(
     monkeypatch.setattr(chunks, "write_chunk", full)
     report, notes = run(images, tmp_path / "part", **EXACT)
     plain, _ = run(images, tmp_path / "plain", **EXACT, prefix_cache=False)
-    assert said(notes, "only a part is cached", os.strerror(28))
+    assert said(notes, "nothing can be cached in", str(tmp_path / "part"), os.strerror(28))
+    assert any("nothing can be cached" in note for note in report.notes)
     assert losses(tmp_path / "part") == losses(tmp_path / "plain")
     assert report.val_loss == plain.val_loss
 
@@ -342,7 +343,7 @@ def test_where_the_run_needs_the_cache_to_fit_a_full_disk_says_so(
 
     monkeypatch.setattr(chunks, "write_chunk", full)
     monkeypatch.setattr(engine, "make_plan", none_fits)
-    with pytest.raises(DoesNotFit, match=r"can't be whole .*No space left"):
+    with pytest.raises(DoesNotFit, match=r"cached .*No space left.* in memory"):
         run(images, tmp_path / "run", **EXACT)
 
 
@@ -416,3 +417,12 @@ def test_a_stop_while_it_caches_leaves_a_folder_that_goes_on(images: Path, tmp_p
     resume(tmp_path / "run")
     run(images, tmp_path / "whole", **EXACT)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_cache_in_a_file_s_place_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images", {"ant": 6, "bee": 6})
+    (tmp_path / "photo.jpg").write_bytes(b"not a folder")
+    for place in (tmp_path / "photo.jpg", tmp_path / "photo.jpg" / "cache"):
+        with pytest.raises(UsageError, match=r"photo\.jpg is a file"):
+            finetune(images, tmp_path / "run", split_block=8, method="alast", cache_dir=str(place))
+    assert not (tmp_path / "run").exists()

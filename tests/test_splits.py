@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -237,14 +236,14 @@ def test_what_a_look_frees_is_kept_only_where_the_cap_has_room_for_it_twice_besi
 
     def fits(cap_bytes: int) -> tuple[int, int, int]:
         asked = msgspec.structs.replace(request, cap_bytes=cap_bytes)
-        return _batch_that_fits(SimpleNamespace(request=asked, plan=plan))  # type: ignore[arg-type]
+        return _batch_that_fits(asked, plan)
 
     plan = make_plan(msgspec.structs.replace(request, cap_bytes=64 * GIB))
     batch, peak, holes = fits(64 * GIB)
     assert holes > 0
     at_least = max(peak, plan.predicted_peak_bytes) + 2 * holes
     assert fits(at_least) == (batch, peak, holes)
-    tight = fits(plan.predicted_peak_bytes + 2 * holes - 1)
+    tight = fits(max(peak, plan.predicted_peak_bytes) + holes)
     assert tight[0] == batch
     assert tight[1] < peak
     assert tight[2] == 0
@@ -363,11 +362,56 @@ def test_a_run_whose_split_was_found_is_replayed_with_what_was_found(
     assert (report.split_block, report.token_score) == ((8, "distance") if fits else (0, "attention"))
 
 
-def test_auto_that_is_asked_for_and_not_looked_for_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"steps": 2}, "3 passes over the images on, and these are 0.5"),
+        ({"epochs": 3, "method": "full"}, "--method full leaves no split to choose"),
+        ({"epochs": 3, "trained_blocks": 2}, "what trains is named"),
+        ({"epochs": 3, "ram_cap_bytes": None}, None),
+    ],
+)
+def test_where_nothing_is_looked_for_it_is_said_why_and_the_report_has_it(
+    tmp_path: Path, changes: dict[str, Any], why: str | None
+) -> None:
     pytest.importorskip("torch")
     images, witness = make_images(tmp_path / "images", {"ant": 20, "bee": 20}), Witness()
-    finetune(images, tmp_path / "run", witness, steps=2, method="alast", split="auto")
-    assert any(note.startswith("--split auto: not looked for") for note in witness.notes)
+    options = {"steps": None, "method": "alast", "split": "auto"} | changes
+    finetune(images, tmp_path / "run", witness, **options)
+    notes = read_report(tmp_path / "run").notes
+    if why is None:
+        assert sum(note.startswith("split: ") for note in notes) in (1, 2)
+    else:
+        assert any(note.startswith("--split auto: not looked for, since ") and why in note for note in notes)
+    assert set(notes) <= set(witness.notes) | {note for note in notes if "no val/" in note}
+
+
+def test_what_a_look_found_is_in_the_report_of_a_run_that_was_killed_after_it(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    images = make_images(tmp_path / "images", {"ant": 20, "bee": 20})
+    options: dict[str, Any] = {"steps": None, "epochs": 3, "method": "alast", "split": "auto"}
+    finetune(images, tmp_path / "whole", **options)
+
+    class Killed(Exception):
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgetune.run.train_and_report", _raise(Killed))
+        with pytest.raises(Killed):
+            finetune(images, tmp_path / "killed", **options)
+    resume(tmp_path / "killed")
+    whole, killed = (read_report(tmp_path / name) for name in ("whole", "killed"))
+    found = [note for note in whole.notes if note.startswith("split: ")]
+    assert found
+    assert [note for note in killed.notes if note.startswith("split: ")] == found
+    assert killed.look_seconds is not None
+
+
+def _raise(kind: type[Exception]) -> Callable[..., None]:
+    def raising(*_args: object, **_more: object) -> None:
+        raise kind
+
+    return raising
 
 
 def test_a_run_on_a_task_that_the_model_fits_badly_trains_its_embeddings(tmp_path: Path) -> None:
