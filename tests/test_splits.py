@@ -175,10 +175,8 @@ def test_where_fewer_tokens_always_lose_something_all_go_on(monkeypatch: pytest.
     monkeypatch.setattr(look, "WAYS", (Way("distance", 0.4), Way("attention", 0.4)))
     signal = EVERYWHERE | {(12, 8): 1.5, (12, 8 + _Telling.BY_DISTANCE): 0.0}
     found = _look(signal, scores=("attention", "distance"))[0]
-    assert (found.split_tokens, found.token_score) == (
-        1.0,
-        "attention",
-    )  # above the split tokens are dropped all the same
+    # Above the split tokens are dropped all the same.
+    assert (found.split_tokens, found.token_score) == (1.0, "attention")
     assert found.lines[1].endswith("all go on at the split, by attention")
 
 
