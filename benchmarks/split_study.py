@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import split_study_data
-from prefix_cache import AUTO as AUTO_ARGUMENTS
+from prefix_cache import AUTO as DEFAULT
 from prefix_cache import WAYS, Figures, costs_of, costs_table, title
 from prefix_cache import Task as CostTask
 from prefix_cache import run as cost_run
@@ -68,7 +68,7 @@ class Way(NamedTuple):
 
 FULL = Way("full", ("--method", "full"))
 FULL_HEAD_FIRST = Way("full, --head-first", ("--method", "full", "--head-first"))
-AUTO = Way("--split auto", ("--split", "auto"))
+AUTO = Way(DEFAULT, tuple(DEFAULT.split()))
 
 
 class Asked(NamedTuple):
@@ -272,13 +272,13 @@ def solar_costs(work: Path, rounds: int) -> list[str]:
     images, weights = work / "solar" / "runs", split_study_data.weights_file(work)
     count = sum(1 for path in (images / "train").rglob("*") if path.is_file())
     task = CostTask(split_study_data.VIT_NAME, 5, count, 112)
-    found: dict[str, list[Figures]] = {FULL.name: [], AUTO_ARGUMENTS: []}
+    found: dict[str, list[Figures]] = {FULL.name: [], AUTO.name: []}
     for number in range(rounds):
-        for name, arguments in ((FULL.name, list(FULL.arguments)), (AUTO_ARGUMENTS, AUTO_ARGUMENTS.split())):
+        for way in (FULL, AUTO):
             with tempfile.TemporaryDirectory() as folder:
-                figures = cost_run(task, images, arguments, Path(folder, "run"), weights)
-            print(f"solar, round {number + 1}: {name}: {figures}", flush=True)
-            found[name].append(figures)
+                figures = cost_run(task, images, list(way.arguments), Path(folder, "run"), weights)
+            print(f"solar, round {number + 1}: {way.name}: {figures}", flush=True)
+            found[way.name].append(figures)
     return [f"## Cost of the default on solar cells: {title(task)}\n", costs_table(found, FULL.name)]
 
 

@@ -174,10 +174,12 @@ def one_pass(
 
 
 def batches_ahead(job: Job, *, training: bool) -> int:
-    """Batches that are loaded meanwhile: none where memory binds. timm's augmentation draws from global generators, so it
-    must run between steps, in the thread that trains.
+    """Batches that are loaded meanwhile: none where memory binds, and of what is trained on none where a whole cache has it,
+    which is read in no time. timm's augmentation draws from global generators, so it must run between steps, in the thread
+    that trains.
     """
-    return int(job.plan.overlaps and not (training and job.transform is not None))
+    whole = job.features is not None and job.features.is_whole
+    return int(job.plan.overlaps and not (training and (whole or job.transform is not None)))
 
 
 def cached_blocks(job: Job) -> int:

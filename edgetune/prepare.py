@@ -162,7 +162,8 @@ def prepare(
     if refusal is not None and settings.split == "auto":
         notes.append(f"--split auto: not looked for, since {refusal}")
         listener.note(notes[-1])
-    if refusal is not None or stored_plan is not None:
+    looks = refusal is None and stored_plan is None
+    if not looks:
         tell_plan(plan, listener)
     return Setup(
         settings=settings,
@@ -175,7 +176,7 @@ def prepare(
         decode_budget_bytes=decode_budget,
         pictures=pictures,
         scratch_folder=scratch,
-        looks=refusal is None and stored_plan is None,
+        looks=looks,
         notes=tuple(notes),
     )
 
@@ -204,7 +205,6 @@ def why_not_looked(settings: RunSettings, request: PlanRequest, images: int) -> 
     """Why the split is not found by looking at the images; None: it is. That takes a pretrained model that has something to
     freeze, nobody who named what, and images that are seen often enough for it to pay.
     """
-    passes = steps_of(settings, request, images) * request.batch_size / images
     if not looks_for_split(settings):
         return "nobody asked"
     if (settings.split_block, settings.trained_blocks) != (None, None):
@@ -213,6 +213,7 @@ def why_not_looked(settings: RunSettings, request: PlanRequest, images: int) -> 
         return "the model is not pretrained"
     if len(request.space.splits) < 2:
         return f"--method {settings.method} leaves no split to choose here"
+    passes = steps_of(settings, request, images) * request.batch_size / images
     if passes < LEAST_PASSES:
         return f"it pays from {LEAST_PASSES} passes over the images on, and these are {passes:.1f}"
     return None

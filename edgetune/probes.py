@@ -66,10 +66,8 @@ def one_hot(labels: npt.NDArray[np.int64], classes: int | None = None) -> Array:
 
 def inverted(matrix: Array) -> Array:
     """The inverse of a positive definite matrix (N, N), which is overwritten: Gauss-Jordan, without pivots."""
-    column, product = (
-        np.empty(len(matrix)),
-        np.empty_like(matrix),
-    )  # once: each new array of this size costs page faults
+    # Once: each new array of this size costs page faults.
+    column, product = np.empty(len(matrix)), np.empty_like(matrix)
     for place in range(len(matrix)):
         pivot = matrix[place, place]
         column[:] = matrix[:, place]

@@ -292,8 +292,7 @@ def _parts(job: Job) -> Generator[_Part, None, None]:
                 loaded = load(job, job.train_images, part, epoch, "train")
                 yield _Part(step, start + size >= len(indices), loaded)
 
-    read_alone = job.features is not None and job.features.is_whole  # in no time: not worth the memory of two more
-    return prefetch(produce(), depth=0 if read_alone else batches_ahead(job, training=True))
+    return prefetch(produce(), depth=batches_ahead(job, training=True))
 
 
 def _weight_sum(job: Job, indices: npt.NDArray[np.int64]) -> float:

@@ -156,10 +156,7 @@ class TorchBackend:
 
     def evaluate(self, inputs: Images, cached_blocks: int = 0, patch_tokens: tuple[int, ...] | None = None) -> Array:
         selection = self._frozen if patch_tokens is None else Selection(self._frozen.trains, patch_tokens)
-        if self._selected is not None or self.model.training:
-            self._selected = None
-            self.model.eval()
-        with torch.inference_mode():
+        with self._evaluating():
             logits, _ = self._forward(inputs, selection, cached_blocks=cached_blocks)
             result: Array = logits.numpy().copy()
         return result
@@ -170,10 +167,8 @@ class TorchBackend:
         return isinstance(head, torch.nn.Linear) and head.bias is not None
 
     def head_inputs(self, inputs: Images, cached_blocks: int, patch_tokens: tuple[int, ...]) -> Array:
-        self._selected = None
-        self.model.eval()
         selection = Selection(self._frozen.trains, patch_tokens)
-        with torch.inference_mode():
+        with self._evaluating():
             found, _ = self._forward(inputs, selection, cached_blocks=cached_blocks, classifies=False)
             result: Array = found.numpy().copy()
         return result
@@ -197,6 +192,15 @@ class TorchBackend:
         return whole.numpy(), pruned.numpy()
 
     @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """All of the model in eval mode, without gradient."""
+        if self._selected is not None or self.model.training:
+            self._selected = None
+            self.model.eval()
+        with torch.inference_mode():
+            yield
+
+    @contextmanager
     def _prefix_alone(self) -> Iterator[None]:
         if self._selected is None:  # else what is frozen is in eval mode already, and what trains stays as it is
             self.model.eval()
@@ -216,9 +220,7 @@ class TorchBackend:
         )
 
     def at_end(self, tokens: Array, blocks: int) -> Array:
-        self._selected = None
-        self.model.eval()
-        with torch.inference_mode():
+        with self._evaluating():
             found: Array = at_end(self.model, torch.from_numpy(tokens), blocks).numpy()
         return found
 
