@@ -445,7 +445,8 @@ print(json.dumps([said, given_back, kept, left / MIB, passes()]))
     )
     if said.startswith("unchanged"):
         pytest.skip(said)
-    assert given_back > 20 * 7700 * 1024 / mmap.PAGESIZE > 4 * kept
+    assert given_back > 0.8 * 20 * 7740 * 1024 / mmap.PAGESIZE  # less what fits a hole that the heap happens to have
+    assert kept < 0.25 * given_back
     assert left_mib < 1
     assert afterwards > 0.5 * given_back  # as it was; what the heap has left is used first
 
@@ -468,7 +469,7 @@ print(json.dumps([said, grown / MIB, max(seen) / MIB, (snapshot().anonymous_byte
     )
     if said.startswith("unchanged"):
         pytest.skip(said)
-    assert grown_mib > 100  # all that stays
+    assert grown_mib > 90  # all that stays, less what fits a hole
     assert bounded_mib <= 16 + 8  # and what one turn takes
     assert left_mib < 4
 
