@@ -128,21 +128,28 @@ def find(
     if not scores or not split:
         return Found(split, 1.0, (line,), looked=keeps)
     tokens = _Tokens(backend, sample, split, keeps or kept(split))
+    way, told = _choose_way(tokens, whole, labels[:count], shape.patch_tokens, scores)
+    return Found(split, way.share, (line, f"{end}{told}"), way.score, tokens.kept)
+
+
+def _choose_way(
+    tokens: _Tokens, whole: Correct, labels: npt.NDArray[np.int64], patch_tokens: int, scores: Sequence[TokenScore]
+) -> tuple[Way, str]:
+    """The first way that loses nothing against the `whole` of the tokens, else all of them; and what was found, in words."""
     told: dict[Way, Correct] = {}
+    words = ""
     for way in (way for way in WAYS if way.score in scores):
-        leaving = min(shape.patch_tokens, rounded_up(way.share * shape.patch_tokens))
-        drops = leaving < shape.patch_tokens
-        told[way] = told_right(tokens.at_end(way.score, leaving), labels[:count]) if drops else whole
-        end += f", {told[way].mean():.1%} ({leaving} of {shape.patch_tokens} patch tokens, by {way.score})"
+        leaving = min(patch_tokens, rounded_up(way.share * patch_tokens))
+        drops = leaving < patch_tokens
+        told[way] = told_right(tokens.at_end(way.score, leaving), labels) if drops else whole
+        words += f", {told[way].mean():.1%} ({leaving} of {patch_tokens} patch tokens, by {way.score})"
         if loses_nothing(told[way], whole):
-            chosen = way
+            chosen, going = way, str(leaving)
             break
     else:
         # Above the split tokens are dropped all the same.
-        chosen = max(told, key=lambda way: (way.share, told[way].sum()))._replace(share=1.0)
-    going = "all" if chosen.share == 1.0 else str(leaving)
-    end += f" of {count}: {going} go on at the split, by {chosen.score}"
-    return Found(split, chosen.share, (line, end), chosen.score, tokens.kept)
+        chosen, going = max(told, key=lambda way: (way.share, told[way].sum()))._replace(share=1.0), "all"
+    return chosen, f"{words} of {len(labels)}: {going} go on at the split, by {chosen.score}"
 
 
 def _let_go(looked: LookedFeatures | None) -> None:
