@@ -228,7 +228,7 @@ def with_cache(
     settings: RunSettings, request: PlanRequest, data: DataFolder, disk_room_bytes: int
 ) -> tuple[RunSettings, PlanRequest]:
     """The request with what the planner must know to decide on a cache of the frozen prefix; and the settings with the
-    number of augmented views, where the disk's room decides on it.
+    number of augmented views, where that is left open (`settle_views` has the last word).
     """
     fresh = (settings.augment or settings.hflip > 0) and settings.augment_views is None
     refusal = "--no-cache" if settings.prefix_cache is False else None
@@ -246,10 +246,29 @@ def with_cache(
         asked=settings.prefix_cache is True,
     )
     if settings.augment_views == 0:
-        views = views_that_fit(request, cache)
-        settings = msgspec.structs.replace(settings, augment_views=views)
+        views, too_few = views_that_fit(request, cache)
+        refusal = refusal or too_few
+        settings = msgspec.structs.replace(settings, augment_views=None if refusal else views)
     cache = msgspec.structs.replace(cache, views=settings.augment_views or 1)
     return settings, msgspec.structs.replace(request, cache=None if refusal else cache, no_cache_because=refusal)
+
+
+def settle_views(asked: RunSettings, setup: Setup) -> tuple[Setup, tuple[str, ...]]:
+    """The setup with as many augmented views as its plan caches, where the number was left open; and that number, in words.
+
+    Views are fixed for the cache's sake alone: where nothing is cached, every epoch sees every image anew.
+    """
+    if asked.augment_views != 0:
+        return setup, ()
+    prefix = setup.plan.prefix
+    if prefix is None:
+        views = None
+        line = f"every epoch sees every image anew, since {setup.request.no_cache_because or 'nothing is cached'}"
+    else:
+        views = prefix.views
+        line = f"{views} fixed views of each image, which come round again every {views} epochs"
+    settings = msgspec.structs.replace(setup.settings, augment_views=views)
+    return msgspec.structs.replace(setup, settings=settings), (f"--augment-views auto: {line}",)
 
 
 def room_on_disk(folder: Path) -> int:

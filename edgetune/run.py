@@ -27,7 +27,7 @@ from edgetune.errors import ArtifactsError, CapExceeded, RunFolderError, UsageEr
 from edgetune.guard import Guard, guarded, memory_ends
 from edgetune.job import Listener, TrainingState
 from edgetune.memory import MemoryMeter
-from edgetune.prepare import Setup, build, prepare, reserved_bytes, settings_of_plan, warm_up
+from edgetune.prepare import Setup, build, prepare, reserved_bytes, settings_of_plan, settle_views, warm_up
 from edgetune.replay import forget
 from edgetune.report import RunReport, read_report
 from edgetune.selections import read_selections
@@ -94,6 +94,10 @@ def finetune(
                 with meter.phase("look"), memory_ends("looking for the split", guard):
                     setup, state.notes = decide(setup, backend, listener)
                 state.look_seconds = time.monotonic() - looked
+            setup, views = settle_views(settings, setup)
+            for note in views:
+                listener.note(note)
+            state.notes += views
             with meter.phase("load"), memory_ends("writing the run folder", guard):
                 stored, standing = _write_start(setup, path, built, state)
             if setup.plan.prefix is None:

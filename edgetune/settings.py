@@ -57,7 +57,7 @@ class RunSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     cache_dir: str | None = None  # None: the run folder's own
     cache_limit_bytes: int | None = None
     cache_precision: Precision = "float16"
-    augment_views: int | None = None  # fixed views of each image; 0: as many as the disk has room for
+    augment_views: int | None = None  # fixed views of each image; 0: as many as are worth a cache
     embeddings: EmbeddingsChoice = "auto"
     recompute: RecomputeChoice = "auto"
     updates_in_backward: bool | None = None

@@ -27,6 +27,7 @@ from edgetune.errors import DoesNotFit, Interrupted, UsageError
 from edgetune.inference import evaluate, load_run
 from edgetune.planner import Plan, PlanRequest
 from edgetune.report import RunReport, read_report
+from edgetune.store import read_stored
 
 # 32 training images and 8 for validation: an epoch is four steps.
 RUN: dict[str, Any] = {"epochs": 3, "steps": None, "method": "last-k", "split_block": 8, "seed": 2}
@@ -141,6 +142,28 @@ def test_fixed_views_are_the_same_from_the_cache(images: Path, tmp_path: Path) -
     assert losses(tmp_path / "cached") == losses(tmp_path / "plain")
     epochs = [losses(tmp_path / "cached")[start : start + 4] for start in range(0, 20, 4)]
     assert len({epoch[0][1] for epoch in epochs}) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "views", "words"),
+    [
+        ({"epochs": 6}, 3, "3 fixed views of each image"),
+        ({"epochs": 3}, None, "anew, since views pay from 4 passes"),
+        ({"epochs": 6, "cache_limit_bytes": 1000}, None, "anew, since the cache has no room for 2 views"),
+        ({"epochs": 6, "prefix_cache": False}, None, "anew, since --no-cache"),
+        ({"epochs": 6, "split_block": 0, "method": "alast"}, None, "anew, since nothing is cached"),
+    ],
+)
+def test_views_that_are_left_open_are_cached_or_new_every_epoch_and_it_is_said_which(
+    images: Path, tmp_path: Path, change: dict[str, Any], views: int | None, words: str
+) -> None:
+    report, notes = run(images, tmp_path / "run", **(EXACT | {"augment": True, "augment_views": 0} | change))
+    assert read_stored(tmp_path / "run").settings.augment_views == views
+    assert (report.cached_blocks != 0) == (views is not None)
+    assert said(notes, "--augment-views auto: ", words)
+    assert any(words in note for note in report.notes)
+    run(images, tmp_path / "same", **(EXACT | {"augment": True, "augment_views": views} | change))
+    assert losses(tmp_path / "run") == losses(tmp_path / "same")
 
 
 def test_a_mirrored_image_is_kept_once_however_many_views_show_it(images: Path, tmp_path: Path) -> None:

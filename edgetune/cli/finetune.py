@@ -170,7 +170,7 @@ def finetune(
         str | None,
         _option(
             "--augment-views",
-            help="With --augment or --hflip: so many fixed views of each image instead of a new one every epoch, which can be cached; `auto`: as many as the disk has room for.",
+            help="With --augment or --hflip: so many fixed views of each image instead of a new one every epoch, which can be cached; `auto`: half as many as there are epochs, at most 8 and as far as the disk has room; where that is fewer than 2, or nothing is cached, a new one every epoch.",
             panel=DATA,
         ),
     ] = None,

@@ -68,8 +68,9 @@ def _prefix_lines(request: PlanRequest, lossy: Lossy, faster: float | None) -> l
         return [f"prefix not cached: {reason}"] if reason else []
     each = entry_bytes(prefix.stored_tokens, prefix.width, prefix.float_bytes) * prefix.views
     what = "the class token" if prefix.pooled else f"{prefix.stored_tokens} tokens"
+    in_views = f" in {prefix.views} views" if prefix.views > 1 else ""
     gain = "" if faster is None or faster < 1.05 else f", steps {faster:.1f}x faster once it is there (an estimate)"
-    line = f"prefix cached: {what} below block {prefix.blocks}, {format_bytes(each)} an image, "
+    line = f"prefix cached: {what} below block {prefix.blocks}, {format_bytes(each)} an image{in_views}, "
     lines = [line + f"{format_bytes(prefix.total_bytes)} in all written to disk{gain}"]
     if not prefix.whole:
         assert request.cache is not None

@@ -97,17 +97,21 @@ def pinned(request: PlanRequest, prefix: CachedPrefix | None) -> PlanRequest:
     return msgspec.structs.replace(request, cache=cache)
 
 
-# Fixed augmented views of an image, where the disk decides.
-MAX_VIEWS = 8
+# Fixed augmented views of an image, where nobody says how many. One would be no augmentation at all.
+LEAST_VIEWS, MAX_VIEWS = 2, 8
 
 
-def views_that_fit(request: PlanRequest, cache: CacheRequest) -> int:
-    """How many views of each image the limit has room for: at most MAX_VIEWS, and half as many as an image is seen."""
+def views_that_fit(request: PlanRequest, cache: CacheRequest) -> tuple[int, str | None]:
+    """How many fixed views of each image are worth a cache: half as many as an image is seen, so that each comes twice, at
+    most MAX_VIEWS, as far as the limit has room. And why, in words, where these are fewer than LEAST_VIEWS.
+    """
     shape = request.shape
     each = entry_bytes(shape.all_tokens, shape.width, cache.float_bytes)
     seen = images_seen(request, cache) // cache.train_images
-    most = min(MAX_VIEWS, max(1, seen // 2))
-    if cache.limit_bytes is None:
-        return most
-    room = (cache.limit_bytes - cache.val_images * each) // (cache.train_images * each)
-    return max(1, min(most, room))
+    views, few = min(MAX_VIEWS, seen // 2), f"views pay from {2 * LEAST_VIEWS} passes over the images on"
+    if cache.limit_bytes is not None:
+        room = max(0, cache.limit_bytes - cache.val_images * each) // (cache.train_images * each)
+        if room < LEAST_VIEWS <= views:
+            few = f"the cache has no room for {LEAST_VIEWS} views of each image"
+        views = min(views, room)
+    return views, few if views < LEAST_VIEWS else None

@@ -16,7 +16,7 @@ from edgetune.cost import FLOAT_BYTES
 from edgetune.planner import CacheRequest, PlanRequest, ceilings, entry_bytes, pinned, plan, smallest_cap_bytes
 from edgetune.planner import phases as phases_module
 from edgetune.planner.prefix import MAX_VIEWS, views_that_fit
-from edgetune.units import MIB
+from edgetune.units import MIB, format_bytes
 
 CACHE = CacheRequest(train_images=1000, val_images=250, steps=320)
 
@@ -136,14 +136,38 @@ def test_tokens_never_come_back_and_are_dropped_where_the_cache_ends(
     assert len(set(found[below : split + 1])) <= 1 or below == 0
 
 
-def test_views_are_as_many_as_the_disk_has_room_for() -> None:
+def test_views_are_half_as_many_as_an_image_is_seen_as_far_as_the_disk_has_room() -> None:
     request = make_request("last-k", batch_size=32)
     each = entry_bytes(197, 192, 2)
-    assert views_that_fit(request, CACHE) == 5  # ten passes: each view is seen twice
-    assert views_that_fit(request, msgspec.structs.replace(CACHE, steps=10_000)) == MAX_VIEWS
+    assert views_that_fit(request, CACHE) == (5, None)  # ten passes: each view is seen twice
+    assert views_that_fit(request, msgspec.structs.replace(CACHE, steps=10_000)) == (MAX_VIEWS, None)
     room = msgspec.structs.replace(CACHE, limit_bytes=3 * 1000 * each + 250 * each)
-    assert views_that_fit(request, room) == 3
-    assert views_that_fit(request, msgspec.structs.replace(CACHE, limit_bytes=0)) == 1
+    assert views_that_fit(request, room) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "views_of_room", "why"),
+    [
+        (4, 2, None),
+        (3, 2, "from 4 passes"),
+        (10, 1, "no room for 2 views"),
+        (10, 0, "no room"),
+        (3, 1, "from 4 passes"),
+    ],
+)
+def test_fewer_than_two_views_are_none_and_it_is_said_why(epochs: int, views_of_room: int, why: str | None) -> None:
+    request, each = make_request("last-k", batch_size=32), entry_bytes(197, 192, 2)
+    cache = msgspec.structs.replace(
+        CACHE, steps=32 * epochs, limit_bytes=views_of_room * 1000 * each + (250 if views_of_room else 0) * each
+    )
+    views, too_few = views_that_fit(request, cache)
+    assert (views < 2) == (why is not None)
+    assert too_few is None if why is None else why in str(too_few)
+
+
+def test_the_explanation_names_the_views() -> None:
+    lines = " ".join(plan(make_request("last-k", cache=msgspec.structs.replace(CACHE, views=3))).explanation)
+    assert f"{format_bytes(3 * entry_bytes(197, 192, 2))} an image in 3 views, " in lines
 
 
 def test_what_waits_to_be_written_is_the_stores_own_figure() -> None:
