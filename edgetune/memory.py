@@ -129,6 +129,11 @@ class MemoryMeter:
                 self._phase = phase
                 self._fold(now, now, now.rss_bytes)
 
+    @property
+    def at_hand(self) -> str:
+        """The phase that peaks belong to now."""
+        return self._phase
+
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """`enter` for the length of a with block, then back to the phase before."""

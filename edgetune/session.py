@@ -312,7 +312,7 @@ def _train(session: Session, job: Job) -> tuple[str, EdgetuneError | None]:
                     raise
                 # An image that has gone, a full disk: the state is that of the last whole step.
                 _save(session, job)
-                failure.args = (f"{failure} When that is mended, go on with: {go_on}",)
+                failure.args = (f"{_what_stopped(session, job, failure)} When that is mended, go on with: {go_on}",)
                 return "failed", failure
             reason = reason_of(failure) + (", under tighter plans too" if isinstance(failure, NoMemory) else "")
             forget(failure)
@@ -330,6 +330,16 @@ def _save(session: Session, job: Job) -> None:
     if job.is_whole:
         with suppress(EdgetuneError, MemoryError, OSError, RuntimeError):
             session.save_checkpoint(session.state)
+
+
+def _what_stopped(session: Session, job: Job, failure: EdgetuneError) -> str:
+    """What was being done, how far it was, and what came between: one sentence or more."""
+    doing = {"evaluate": "evaluation", "head": "fitting the classifier"}.get(session.guard.meter.at_hand, "training")
+    if not job.ready:
+        doing = "caching the frozen blocks"  # its phase has ended by now
+    step = f"after step {session.state.step}" if session.state.step else "before the first step"
+    reason = str(failure)
+    return f"{doing} stopped {step}: {reason}{'' if reason.endswith(('.', '!', '?')) else '.'}"
 
 
 def _diverged(session: Session) -> str:

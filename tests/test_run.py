@@ -477,6 +477,39 @@ def test_settings_that_make_no_sense_are_refused_before_anything_is_written(
     assert not (tmp_path / "r").exists()
 
 
+# What a run says that an image which has gone ended: what was being done, and two whole sentences.
+SENTENCES = r"^{} stopped {}: \S+\.png: No such file or directory\. When that is mended, go on with: edgetune finetune --resume "
+
+
+@pytest.mark.parametrize(
+    ("doing", "changes"),
+    [
+        ("caching the frozen blocks", {"epochs": 3, "method": "last-k", "split_block": 8}),
+        ("fitting the classifier", {"epochs": 8, "method": "alast", "split": "lowest", "prefix_cache": False}),
+        ("evaluation", {"epochs": 3, "method": "full", "prefix_cache": False}),
+    ],
+)
+def test_an_image_that_goes_away_before_the_first_step_ends_the_run_with_what_was_being_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doing: str, changes: dict[str, Any]
+) -> None:
+    from edgetune import session
+
+    data = make_images(tmp_path / "data", {"a": 12, "b": 12})
+    begin = session.begin
+
+    def taken_away(*args: Any) -> None:
+        data.rename(tmp_path / "moved")
+        begin(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "begin", taken_away)
+        # A limit on the disk keeps decoded images off it.
+        with pytest.raises(DataError, match=SENTENCES.format(doing, "before the first step")):
+            finetune(data, tmp_path / "r", Witness(), steps=None, cache_limit_bytes=10**9, **changes)
+    (tmp_path / "moved").rename(data)
+    assert run.resume(tmp_path / "r", listener=Witness()).stopped_because == "finished"
+
+
 def test_an_image_that_goes_away_in_mid_run_ends_it_with_a_folder_that_can_be_resumed(tmp_path: Path) -> None:
     data = make_images(tmp_path / "data", {"a": 12, "b": 12})
     moved = tmp_path / "moved"
@@ -486,7 +519,7 @@ def test_an_image_that_goes_away_in_mid_run_ends_it_with_a_folder_that_can_be_re
             data.rename(moved)
 
     # With --no-cache nothing but the weights is kept on disk: every epoch opens the images.
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match=SENTENCES.format("training", "after step [2-5]")):
         finetune(data, tmp_path / "r", Witness(take_away), steps=6, batch_size=4, prefix_cache=False)
     report = read_report(tmp_path / "r")
     assert report.stopped_because == "failed"
