@@ -24,9 +24,10 @@ from edgetune.data import (
 )
 from edgetune.data.images import shown
 from edgetune.errors import BackendUnavailable, DataError, EdgetuneError, RunFolderError
+from edgetune.own_images import images_sha256
 from edgetune.report import Tally
 from edgetune.settings import StoredRun
-from edgetune.store import MODEL_FILE, images_sha256, is_imported, read_evaluation_tokens, read_stored
+from edgetune.store import MODEL_FILE, is_imported, read_evaluation_tokens, read_stored
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from edgetune.errors import ArtifactsError, CapExceeded, RunFolderError, UsageEr
 from edgetune.guard import Guard, guarded, memory_ends
 from edgetune.job import Listener, TrainingState
 from edgetune.memory import MemoryMeter
+from edgetune.own_images import changes, images_sha256, write_images
 from edgetune.prepare import Setup, build, prepare, reserved_bytes, settings_of_plan, settle_views, warm_up
 from edgetune.replay import forget
 from edgetune.report import RunReport, read_report
@@ -38,7 +39,6 @@ from edgetune.store import (
     PLAN_FILE,
     REPORT_FILE,
     Standing,
-    images_sha256,
     is_imported,
     read_plan,
     read_stored,
@@ -189,13 +189,21 @@ def _check_data(path: Path, stored: StoredRun, setup: Setup) -> None:
             f"the images have other classes than the run: {some(setup.data.classes)} instead of "
             f"{some(stored.classes)}. Give the run's own images with --data."
         )
-    if images_sha256(setup.data) != stored.images_sha256:
-        raise RunFolderError(
-            f"the images are not those that the run started with: {len(setup.data.train.paths)} for training and "
-            f"{len(setup.data.val.paths)} for validation instead of {stored.train_images} and "
-            f"{stored.val_images}, or others of the same number. Put them back, or start a new run: "
-            f"--model local-dir:{path} goes on from its weights."
-        )
+    what = changes(path, setup.data)
+    if what is None and images_sha256(setup.data) == stored.images_sha256:
+        return
+    raise RunFolderError(
+        f"the images are not those that the run started with: {what or _counted(stored, setup)}. Put them back, or start a "
+        f"new run: --model local-dir:{path} goes on from its weights."
+    )
+
+
+def _counted(stored: StoredRun, setup: Setup) -> str:
+    """How other images than a run's own differ from them, where it does not know them by name."""
+    now = len(setup.data.train.paths), len(setup.data.val.paths)
+    if now == (stored.train_images, stored.val_images):
+        return "as many, but with other names or sizes"
+    return f"{now[0]} for training and {now[1]} for validation instead of {stored.train_images} and {stored.val_images}"
 
 
 def settings_of_replay(run: Path, own: RunSettings) -> RunSettings:
@@ -268,8 +276,10 @@ def _begin_as(run: Path, backend: Backend) -> None:
 def _check_replayed(run: Path, setup: Setup) -> None:
     """Raises: RunFolderError if the steps of another run can't be done again: other images, other blocks, too few."""
     stored, selections = read_stored(run), read_selections(run)
-    if images_sha256(setup.data) != stored.images_sha256:
-        raise RunFolderError(f"the images are not those of {run}. Give its own images with --data.")
+    what = changes(run, setup.data)
+    if what is not None or images_sha256(setup.data) != stored.images_sha256:
+        told = "" if what is None else f": {what}"
+        raise RunFolderError(f"the images are not those of {run}{told}. Give its own images with --data.")
     if setup.data.classes != stored.classes:
         raise RunFolderError(
             f"{run} tells {len(stored.classes)} classes apart, spare ones of its artifacts included; here they are "
@@ -300,6 +310,7 @@ def _write_start(setup: Setup, path: Path, built: Built, state: TrainingState) -
         architecture=built.architecture,
         model_args=built.model_args,
     )
+    write_images(path, setup.data)
     return stored, write_start(path, stored, setup.plan, built.config, built.backend, state)
 
 

@@ -5,6 +5,7 @@ plan.json          the plan
 config.json        what plain timm builds the model from; with model.safetensors (the best epoch) a timm folder
 labels.txt         one class a line, in the order of the logits
 metrics.csv        one row a step, one an evaluation
+images.txt         the images by name and content, see `own_images.py`
 selections.jsonl   what each step trained and kept, for --replay
 report.json        the report
 cache/             what the frozen blocks put out for each image, where that is kept
@@ -13,7 +14,6 @@ checkpoints/       the base weights once, and of the last two checkpoints only w
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -33,7 +33,7 @@ from edgetune.checkpoint import (
     write_atomically,
 )
 from edgetune.cost import Selection, TokenScore
-from edgetune.data import DataFolder, Preprocess
+from edgetune.data import Preprocess
 from edgetune.errors import ArtifactsError, EdgetuneError, RunFolderError, UsageError
 from edgetune.job import Listener, StepEvent, TrainingState
 from edgetune.methods import METHODS, Method
@@ -333,20 +333,6 @@ def _contradictions(plan: Plan, method: Method) -> list[str]:
     if not plan.runtime_bytes < plan.predicted_peak_bytes < 2**62:
         wrong.append(f"predicted_peak_bytes is {plan.predicted_peak_bytes}")
     return wrong
-
-
-def images_sha256(data: DataFolder) -> str:
-    """What tells a set of images from another: relative paths, sizes and labels, in the order that numbers them."""
-    digest = hashlib.sha256()
-    for images in (data.train, data.val):
-        for path, label in zip(images.paths, images.labels, strict=True):
-            try:
-                size = os.stat(os.path.join(images.root, path)).st_size  # noqa: PTH116, PTH118 - names may be no text
-            except OSError:
-                size = -1
-            digest.update(b"%d %d %s\0" % (label, size, os.fsencode(path)))
-        digest.update(b"\0")
-    return digest.hexdigest()
 
 
 def read_json(path: Path, kind: type[T]) -> T:

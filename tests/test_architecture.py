@@ -66,6 +66,7 @@ ARROWS: dict[str, set[str]] = {
     "trainer": {"alast", "backends", "caching", "cost", "data", "errors", "job", "methods", "planner", "replay", "report"},
     "judge": {"devices", "errors", "memory", "profiles", "runtimes", "system", "units"},
     "guard": {"enforce", "errors", "judge", "memory", "planner", "replay", "units"},
+    "own_images": {"checkpoint", "data"},
     "store": {
         "backends", "checkpoint", "cost", "data", "errors", "job", "methods", "planner", "report", "settings", "units",
     },
@@ -73,7 +74,7 @@ ARROWS: dict[str, set[str]] = {
         "cost", "data", "errors", "job", "judge", "memory", "planner", "report", "settings", "store", "system", "units",
     },
     "inference": {
-        "backends", "checkpoint", "cost", "data", "errors", "memory", "report", "settings", "store", "system", "units", "vit",
+        "backends", "checkpoint", "cost", "data", "errors", "memory", "own_images", "report", "settings", "store", "system", "units", "vit",
     },
     "prepare": {
         "cost", "data", "enforce", "engines", "errors", "features", "job", "judge", "memory", "methods", "planner",
@@ -88,7 +89,7 @@ ARROWS: dict[str, set[str]] = {
         "replay", "report", "selections", "settings", "store", "trainer", "units",
     },
     "run": {
-        "artifacts", "backends", "checkpoint", "data", "devices", "engines", "errors", "guard", "job", "memory", "prepare", "replay", "report", "selections", "session",
+        "artifacts", "backends", "checkpoint", "data", "devices", "engines", "errors", "guard", "job", "memory", "own_images", "prepare", "replay", "report", "selections", "session",
         "settings", "splits", "system", "store",
     },
     # What people type.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -239,6 +240,19 @@ def take_image(data: Path) -> None:
     (data / "ant" / "003.png").unlink()
 
 
+def take_two(data: Path) -> None:
+    take_image(data)
+    (data / "bee" / "000.png").unlink()
+
+
+def change_image(data: Path) -> None:
+    shutil.copy(data / "bee" / "000.png", data / "ant" / "003.png")
+
+
+def odd_name(data: Path) -> None:
+    shutil.copy(data / "ant" / "000.png", data / "ant" / os.fsdecode(b"\xff 1.png"))
+
+
 def swap_image(data: Path) -> None:
     (data / "ant" / "003.png").rename(data / "ant" / "a03.png")
 
@@ -248,9 +262,12 @@ def swap_image(data: Path) -> None:
     [
         (add_class, "other classes than the run: ant, bee, cow instead of ant, bee"),
         (rename_class, "other classes than the run"),
-        (add_image, "not those that the run started with"),
-        (take_image, "not those that the run started with.* instead of 32 and 8"),
-        (swap_image, "not those that the run started with"),
+        (add_image, r"not those that the run started with: ant/zzz\.png \(new\)\. Put"),
+        (take_image, r"not those that the run started with: ant/003\.png \(not there any more\)\. Put"),
+        (take_two, r": ant/003\.png and 1 more \(not there any more\)\. Put"),
+        (swap_image, r": ant/003\.png \(not there any more\), ant/a03\.png \(new\)\. Put"),
+        (change_image, r": ant/003\.png \(changed\)\. Put"),
+        (odd_name, r": ant/\\udcff 1\.png \(new\)\. Put"),
     ],
 )
 def test_other_images_than_the_run_started_with_are_refused(
@@ -262,6 +279,23 @@ def test_other_images_than_the_run_started_with_are_refused(
     with pytest.raises(RunFolderError, match=words):
         resume(copy, data=str(data))
     assert sorted(path.name for path in copy.rglob("*")) == before
+
+
+@pytest.mark.parametrize("known", [b"", b"damaged", None])
+def test_a_run_that_does_not_know_its_images_by_name_counts_them(
+    images: Path, copy: Path, tmp_path: Path, known: bytes | None
+) -> None:
+    if known is None:
+        (copy / "images.txt").unlink()
+    else:
+        (copy / "images.txt").write_bytes(known)
+    data = Path(shutil.copytree(images, tmp_path / "data"))
+    swap_image(data)
+    with pytest.raises(RunFolderError, match="run started with: as many, but with other names or sizes"):
+        resume(copy, data=str(data))
+    (data / "ant" / "a03.png").unlink()
+    with pytest.raises(RunFolderError, match="run started with: 31 for training and 8 for validation instead of 32"):
+        resume(copy, data=str(data))
 
 
 @pytest.mark.parametrize("name", ["run.json", "plan.json"])

@@ -36,6 +36,7 @@ FILES = {
     "model.safetensors",
     "config.json",
     "labels.txt",
+    "images.txt",
     "plan.json",
     "run.json",
     "metrics.csv",
