@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from edgetune.job import Listener
 from edgetune.judge import Judge, is_this_machine, judge_for, threads_for
 from edgetune.memory import MemoryMeter, limit_allocator
 from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
-from edgetune.planner import CacheRequest, Plan, PlanRequest, replayed, views_that_fit
+from edgetune.planner import LEAST_LOOKED_AT, LEAST_PASSES, CacheRequest, Plan, PlanRequest, replayed, views_that_fit
 from edgetune.profiles import DeviceProfile
 from edgetune.settings import RunSettings, looks_for_split
 from edgetune.shapes import known_shapes
@@ -33,8 +35,6 @@ DECODE_SHARE = 1 / 3
 LEAST_DECODE_BYTES = 8 * MIB
 # An image whose decoding takes no more is always loaded while a step runs.
 OVERLAPPED_DECODE_BYTES = 4 * MIB
-# Passes over the images from which on it pays to look for the split.
-LEAST_PASSES = 3
 # Of what is free on the disk, the share that a cache may take.
 FREE_DISK_SHARE = 0.9
 # And that may be taken by what is kept until the cache is made: decoded images, and what a look made of some.
@@ -158,11 +158,14 @@ def prepare(
         notes.append(f"warning: {what} stay frozen at random weights; --method full trains everything")
     for note in notes:
         listener.note(note)
-    refusal = None if stored_plan is not None else why_not_looked(settings, request, len(data.train.paths))
-    if refusal is not None and settings.split == "auto":
+    # Who names what trains knows that nothing is looked for, unless it was asked for as well.
+    names_it = (settings.split_block, settings.trained_blocks) != (None, None)
+    looks = stored_plan is None and looks_for_split(settings) and (settings.split == "auto" or not names_it)
+    refusal = why_not_looked(settings, request, data.train.labels) if looks else None
+    if refusal is not None:
+        looks = False
         notes.append(f"--split auto: not looked for, since {refusal}")
         listener.note(notes[-1])
-    looks = refusal is None and stored_plan is None
     if not looks:
         tell_plan(plan, listener)
     return Setup(
@@ -201,21 +204,24 @@ def tell_plan(plan: Plan, listener: Listener) -> None:
         listener.note(f"plan: {line}")
 
 
-def why_not_looked(settings: RunSettings, request: PlanRequest, images: int) -> str | None:
+def why_not_looked(settings: RunSettings, request: PlanRequest, labels: Sequence[int]) -> str | None:
     """Why the split is not found by looking at the images; None: it is. That takes a pretrained model that has something to
-    freeze, nobody who named what, and images that are seen often enough for it to pay.
+    freeze, nobody who named what, and enough images, which are seen often enough for it to pay.
     """
-    if not looks_for_split(settings):
-        return "nobody asked"
     if (settings.split_block, settings.trained_blocks) != (None, None):
         return "what trains is named"
     if not settings.pretrained:
         return "the model is not pretrained"
     if len(request.space.splits) < 2:
         return f"--method {settings.method} leaves no split to choose here"
-    passes = steps_of(settings, request, images) * request.batch_size / images
+    passes = steps_of(settings, request, len(labels)) * request.batch_size / len(labels)
     if passes < LEAST_PASSES:
         return f"it pays from {LEAST_PASSES} passes over the images on, and these are {passes:.1f}"
+    telling = sum(count for count in Counter(labels).values() if count > 1)
+    if telling < LEAST_LOOKED_AT:
+        return (
+            f"{telling} training images share their class with another, and fewer than {LEAST_LOOKED_AT} tell nothing"
+        )
     return None
 
 

@@ -16,7 +16,7 @@ from edgetune.features import LookedFeatures
 from edgetune.job import Listener
 from edgetune.look import CANDIDATES, LOOKED_PX, Found, Sample, find
 from edgetune.methods import adaptive_obstacle, everything
-from edgetune.planner import PREFETCHED_BATCHES, Plan, PlanRequest, pass_batch, process_bytes
+from edgetune.planner import LEAST_LOOKED_AT, PREFETCHED_BATCHES, Plan, PlanRequest, pass_batch, process_bytes
 from edgetune.planner import plan as make_plan
 from edgetune.prepare import Setup, scratch_bytes, steps_of, tell_plan
 from edgetune.settings import names_budgets
@@ -26,7 +26,7 @@ MOST_IMAGES = 384
 # Of the images that the run sees, such a share is put through the whole model (no fewer than LEAST_TO_END of them): what is
 # found costs in proportion to what it saves. What goes through the blocks below the split alone the cache takes over.
 TO_END_OF_RUN = 1 / 8
-LEAST_TO_END = 32
+LEAST_TO_END = LEAST_LOOKED_AT
 # What the heap comes to where passes keep what they free, in what one of them holds: 3.5 measured (DeiT-Tiny, 4 images, and
 # what is loaded meanwhile).
 HEAP_OF_PASSES = 4

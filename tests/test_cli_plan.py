@@ -38,6 +38,28 @@ def test_a_plan_shows_every_kind_of_bytes_and_the_peak_against_the_cap() -> None
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            [],
+            "looks at its images first and may split elsewhere, under the same cap (--split lowest, or --no-pretrained",
+        ),
+        (["--split", "auto", "--method", "random-k"], "looks at its images first"),
+        (["--epochs", "2"], "a run splits as here: looking at its images for a better split pays from 3 epochs on"),
+        (["--images", "31"], "a run splits as here: fewer than 32 images can't say where else"),
+        (["--split", "lowest"], None),
+        (["--split", "8"], None),
+        (["--trained-blocks", "3"], None),
+        (["--method", "random-k"], None),
+        (["--method", "full", "--split", "auto"], None),
+    ],
+)
+def test_a_plan_says_whether_a_run_would_look_for_another_split(flags: list[str], words: str | None) -> None:
+    text = plan("--device", "jetson-nano", *TINY, *flags)
+    assert words in text if words else ("a run looks" not in text and "a run splits" not in text)
+
+
 def test_json_is_the_plan_itself_and_within_the_cap() -> None:
     made = json.loads(plan("--device", "jetson-nano", "--ram-cap", "500MiB", "--json", *TINY))
     assert made["cap_bytes"] == 500 * MIB

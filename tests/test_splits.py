@@ -24,6 +24,7 @@ from edgetune.look import Found, Sample, Way, candidate_splits, choose_split, fi
 from edgetune.methods import METHODS, space_of
 from edgetune.planner import PlanRequest, smallest_cap_bytes
 from edgetune.planner import plan as make_plan
+from edgetune.prepare import why_not_looked
 from edgetune.report import read_report
 from edgetune.splits import _batch_that_fits, _planned
 from edgetune.units import GIB, MIB
@@ -366,6 +367,13 @@ def test_a_run_whose_split_was_found_is_replayed_with_what_was_found(
         ({"steps": 2}, "3 passes over the images on, and these are 0.5"),
         ({"epochs": 3, "method": "full"}, "--method full leaves no split to choose"),
         ({"epochs": 3, "trained_blocks": 2}, "what trains is named"),
+        ({"epochs": 3, "pretrained": False}, "the model is not pretrained"),
+        ({"epochs": 3, "pretrained": False, "split": None}, "the model is not pretrained"),
+        ({"steps": 2, "split": None}, "3 passes over the images on, and these are 0.5"),
+        (
+            {"epochs": 3, "val_share": 0.25},
+            "30 training images share their class with another, and fewer than 32 tell nothing",
+        ),
         ({"epochs": 3, "ram_cap_bytes": None}, None),
     ],
 )
@@ -382,6 +390,32 @@ def test_where_nothing_is_looked_for_it_is_said_why_and_the_report_has_it(
     else:
         assert any(note.startswith("--split auto: not looked for, since ") and why in note for note in notes)
     assert set(notes) <= set(witness.notes) | {note for note in notes if "no val/" in note}
+
+
+def test_who_names_what_trains_is_not_told_that_nothing_was_looked_for(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    images, witness = make_images(tmp_path / "images", {"ant": 20, "bee": 20}), Witness()
+    finetune(images, tmp_path / "run", witness, steps=None, epochs=3, method="alast", split_block=8)
+    assert not any("--split auto" in note for note in witness.notes)
+
+
+@pytest.mark.parametrize(
+    ("labels", "images"),
+    [
+        (range(2), 0),  # one image a class: nothing can tell it once it is left out
+        ([0, 0, 1, 1, 2, 2], 6),
+        (range(384), 0),
+        ([*range(10, 100), *[0] * 31], 31),
+        ([*range(10, 100), *[0] * 32], None),
+        ([0, 1] * 16, None),
+    ],
+)
+def test_too_few_images_tell_nothing_and_none_that_is_alone_in_its_class_counts(
+    labels: Sequence[int], images: int | None
+) -> None:
+    settings = run_settings(None, steps=None, epochs=3)
+    refusal = why_not_looked(settings, make_request("alast"), list(labels))
+    assert refusal is None if images is None else f"{images} training images" in str(refusal)
 
 
 def test_what_a_look_found_is_in_the_report_of_a_run_that_was_killed_after_it(tmp_path: Path) -> None:

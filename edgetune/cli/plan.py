@@ -194,10 +194,23 @@ def plan(
         _write(msgspec.json.format(msgspec.json.encode(made), indent=2).decode())
         return
     _show(made, profile, label, images)
-    if method is MethodName.alast and split is None and trained_blocks is None:
-        typer.echo(
-            "  a run looks at its images first and may split elsewhere, under the same cap (--split lowest: as here)"
-        )
+    asked = split == "auto" or (split is None and method is MethodName.alast)
+    if asked and trained_blocks is None and len(space.splits) > 1:
+        typer.echo(f"  {_whether_it_looks(images, epochs)}")
+
+
+def _whether_it_looks(images: int, epochs: int) -> str:
+    """What a run with the split left open does that a plan can't: `prepare.why_not_looked`, as far as it is known here."""
+    from edgetune.planner import LEAST_LOOKED_AT, LEAST_PASSES
+
+    if epochs < LEAST_PASSES:
+        return f"a run splits as here: looking at its images for a better split pays from {LEAST_PASSES} epochs on"
+    if images < LEAST_LOOKED_AT:
+        return f"a run splits as here: fewer than {LEAST_LOOKED_AT} images can't say where else"
+    return (
+        "a run looks at its images first and may split elsewhere, under the same cap "
+        "(--split lowest, or --no-pretrained: as here)"
+    )
 
 
 def _shape(model: str, classes: int, image_size: int | None) -> tuple[ViTShape, bool]:

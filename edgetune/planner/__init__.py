@@ -13,6 +13,8 @@ from edgetune.planner.search import plan, replayed, smallest_cap_bytes
 from edgetune.planner.tokens import ceilings, default_token_floor, fit, pruned_tokens, rounded_up
 from edgetune.planner.values import (
     JUDGED_IMAGES,
+    LEAST_LOOKED_AT,
+    LEAST_PASSES,
     PLAN_FORMAT_VERSION,
     PREFETCHED_BATCHES,
     TOKEN_MULTIPLE,
@@ -27,6 +29,8 @@ from edgetune.planner.values import (
 
 __all__ = [
     "JUDGED_IMAGES",
+    "LEAST_LOOKED_AT",
+    "LEAST_PASSES",
     "PLAN_FORMAT_VERSION",
     "PREFETCHED_BATCHES",
     "TOKEN_MULTIPLE",

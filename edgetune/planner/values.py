@@ -28,6 +28,11 @@ PASS_TOKENS = 1024
 # Training images that a classifier fitted in closed form is judged by, each left out of what tells it.
 JUDGED_IMAGES = 512
 TOKEN_MULTIPLE = 8
+# Passes over the images from which on it pays to look for the split.
+LEAST_PASSES = 3
+# Training images without which a look tells nothing: of fewer, one more or less told right is over 3 points, about what splits
+# differ by (benchmarks/split_study.md). One that is alone in its class does not count: left out, nothing else can tell it.
+LEAST_LOOKED_AT = 32
 
 RecomputeChoice = Literal["auto", "none", "mlp", "block"]
 EmbeddingsChoice = Literal["auto", "train", "freeze"]
