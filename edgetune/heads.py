@@ -26,7 +26,8 @@ MOST_OF_RUN = 0.25
 
 
 def fit_head(job: Job) -> None:
-    """Set the classifier to the best linear one on what the model, as the plan runs it, puts out for the training images.
+    """Set the classifier to the best linear one on what the model, as the plan runs it, puts out for the training images:
+    a model that is of use before anything else trains, `job.starts_fitted`.
 
     Raises: Interruption, NoMemory.
     """
@@ -56,6 +57,7 @@ def _fit(job: Job, places: npt.NDArray[np.int64]) -> None:
     if not (np.isfinite(found.weight).all() and np.isfinite(found.bias).all()):
         return
     job.backend.set_head(found.weight, found.bias)
+    job.starts_fitted = True
     job.listener.note(
         f"classifier first: fitted to {len(places)} training images as the pretrained model sees them, it tells "
         f"{found.told_right:.1%} of those left out"

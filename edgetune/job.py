@@ -60,7 +60,7 @@ class TrainingState(msgspec.Struct):
     epoch_loss_sum: float = 0.0
     epoch_correct: int = 0
     epoch_images: int = 0
-    best_epoch: float | None = None
+    best_epoch: float | None = None  # 0: the start, a fitted classifier on the pretrained model
     best: Scores | None = None
     before: Scores | None = None
     alast: AlastState | None = None
@@ -138,6 +138,8 @@ class Job:
     features: Features | None = None  # what is read instead of being computed
     # Whether the backend has all that a checkpoint holds; not yet while a run is being put together.
     ready: bool = True
+    # The classifier was fitted to the pretrained model: it is of use before the first step.
+    starts_fitted: bool = False
     state: TrainingState = field(default_factory=TrainingState)
     stop: threading.Event = field(default_factory=threading.Event)
     # The optimizer's step counts when `state.step` was whole; None before the first step.
@@ -164,3 +166,8 @@ class Job:
             return True
         before = self.whole_steps
         return all(count <= before.get(name, 0) for name, count in self.backend.optimizer_steps().items())
+
+    def tell(self, note: str) -> None:
+        """To who watches, and to the report, which a run that goes on later still has."""
+        self.listener.note(note)
+        self.state.notes = tuple(dict.fromkeys((*self.state.notes, note)))

@@ -5,7 +5,8 @@ classifier that has not seen it) says how much of what the task needs is there. 
 model that learns everything anew starts from: where the pixels tell more than the pretrained blocks, these have lost what
 the task needs, and nothing is frozen. Else the deepest split that loses nothing is the cheapest to train above: all that
 the blocks above could learn from is still in what they are given. The same at the end of the frozen model, with fewer
-tokens from the split on, says how few will do.
+tokens from the split on, says how few will do; not where that end tells less than the split does: blocks that have to
+learn anew what to make of the tokens may need those that they make nothing of today.
 
 `docs/decisions/0009-prefix-cache.md` says what this rests on, `benchmarks/split_study.py` how well it does. `splits.py`
 makes a plan of it.
@@ -127,6 +128,10 @@ def find(
         keeps = None
     if not scores or not split:
         return Found(split, 1.0, (line,), looked=keeps)
+    at_split = told_right(at_blocks[splits.index(split)][:count], labels[:count])
+    if not loses_nothing(whole, at_split):
+        end += f" of {count}, at the split {at_split.mean():.1%}: what is above learns anew, from all patch tokens"
+        return Found(split, 1.0, (line, end), looked=keeps)
     tokens = _Tokens(backend, sample, split, keeps or kept(split))
     way, told = _choose_way(tokens, whole, labels[:count], shape.patch_tokens, scores)
     return Found(split, way.share, (line, f"{end}{told}"), way.score, tokens.kept)

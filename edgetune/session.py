@@ -178,7 +178,7 @@ def _cache(session: Session, job: Job, prefix: CachedPrefix) -> None:
         make(job, features, looked)
     except FeaturesOverflow as error:
         features.remove()
-        _tell(job, f"{error}; the cache is kept as float32")
+        job.tell(f"{error}; the cache is kept as float32")
         features = open_features(job, place, prefix, "float32")
         make(job, features)
     finally:
@@ -188,7 +188,7 @@ def _cache(session: Session, job: Job, prefix: CachedPrefix) -> None:
     job.features = features
     session.cache = features
     for note in features.notes:
-        _tell(job, note)
+        job.tell(note)
     if prefix.whole and features.is_whole:
         before = session.guard.meter.current().total_bytes
         stored = open_base(session.path, session.standing.base_sha256)
@@ -203,17 +203,11 @@ def _cache(session: Session, job: Job, prefix: CachedPrefix) -> None:
     elif prefix.whole:
         _go_on_without_all(session, job, features)
     elif features.full is not None:
-        _tell(job, f"{_cached_part(features, folder)}: the rest is computed when it is needed")
+        job.tell(f"{_cached_part(features, folder)}: the rest is computed when it is needed")
     session.standing.restore_optimizer()
     if job.plan.keeps_state:
         backend.reserve(trainable_space(job.plan))
     job.ready = True
-
-
-def _tell(job: Job, note: str) -> None:
-    """To who watches, and to the report, which a run that goes on later still has."""
-    job.listener.note(note)
-    job.state.notes = tuple(dict.fromkeys((*job.state.notes, note)))
 
 
 def _cached_part(features: Features, folder: Path) -> str:
@@ -243,7 +237,7 @@ def _go_on_without_all(session: Session, job: Job, features: Features) -> None:
             f"{part}, and with the frozen blocks in memory {error}",
             error.smallest_cap_bytes,
         ) from error
-    _tell(job, f"{part}: the rest is computed when it is needed, under a new plan")
+    job.tell(f"{part}: the rest is computed when it is needed, under a new plan")
     for line in job.plan.explanation:
         job.listener.note(f"plan: {line}")
     write_json(session.path / PLAN_FILE, job.plan)

@@ -43,7 +43,7 @@ def train(job: Job) -> None:
     state = job.state
     job.whole_steps = job.backend.optimizer_steps()
     if state.before is None:
-        state.before = evaluate(job, job.val_images)
+        _evaluate_start(job)
     if job.method.prunes_tokens and state.alast is None:
         state.alast = alast.initial_state(job.shape.depth, job.plan.token_floor, job.settings.alast)
     with closing(_Source(job)) as source:
@@ -51,6 +51,11 @@ def train(job: Job) -> None:
             if _evaluation_due(job) and state.evaluated_step != state.step:
                 _evaluate_and_keep(job, source)
             if state.step == job.total_steps:
+                if state.best_epoch == 0:
+                    job.tell(
+                        f"no epoch told the validation images as well as the start did, which is what is saved: the "
+                        f"pretrained model with a classifier fitted to it. Try a lower --lr than {job.learning_rate:g}."
+                    )
                 return
             _one_step(job, source)
             every = job.settings.checkpoint_every
@@ -171,6 +176,18 @@ def _evaluation_due(job: Job) -> bool:
     return step == job.total_steps or (step > 0 and step % job.steps_per_epoch == 0)
 
 
+def _evaluate_start(job: Job) -> None:
+    """What the model tells before the first step. With a fitted classifier it is a model as good as any that training
+    makes, and it may end up as the best.
+    """
+    state = job.state
+    state.before = evaluate(job, job.val_images)
+    if job.starts_fitted and _better(state.before, None, balanced=job.settings.balanced_class_weights):
+        job.keep_best(None)
+        state.best, state.best_epoch = state.before, 0.0
+        job.listener.note(f"start  validation {state.before}  (best so far)")
+
+
 def _evaluate_and_keep(job: Job, source: _Source) -> None:
     state = job.state
     epoch = state.step / job.steps_per_epoch
@@ -197,10 +214,12 @@ def _evaluate_and_keep(job: Job, source: _Source) -> None:
     job.checkpoint(state)
 
 
-def _better(scores: Scores, best: Scores, *, balanced: bool) -> bool:
+def _better(scores: Scores, best: Scores | None, *, balanced: bool) -> bool:
     """By accuracy (balanced, where the loss is), at a tie by loss: small validation sets tie often."""
-    new, old = (scores.balanced_accuracy, best.balanced_accuracy) if balanced else (scores.accuracy, best.accuracy)
-    if new is not None and new == old and scores.loss is not None and best.loss is not None:
+    new, old = (
+        None if part is None else part.balanced_accuracy if balanced else part.accuracy for part in (scores, best)
+    )
+    if best is not None and new is not None and new == old and scores.loss is not None and best.loss is not None:
         return scores.loss < best.loss
     return is_better(new, old)
 

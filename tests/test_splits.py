@@ -181,6 +181,14 @@ def test_where_fewer_tokens_always_lose_something_all_go_on(monkeypatch: pytest.
     assert found.lines[1].endswith("all go on at the split, by attention")
 
 
+def test_where_the_frozen_end_tells_less_than_the_split_how_few_tokens_do_is_not_asked_of_it() -> None:
+    signal = EVERYWHERE | {(12, 16): 0.5, (12, 8): 0.5, (12, 8 + _Telling.BY_DISTANCE): 0.5}
+    found, backend, _ = _look(signal, scores=("attention", "distance"))
+    assert (found.split_block, found.split_tokens) == (8, 1.0)
+    assert found.lines[1].endswith("at the split 100.0%: what is above learns anew, from all patch tokens")
+    assert sum(backend.to_end) == 96  # all tokens, once
+
+
 def test_only_so_many_images_are_put_through_the_whole_model_and_each_way_no_longer_than_it_takes() -> None:
     signal = EVERYWHERE | {(12, 8): 9.0, (12, 8 + _Telling.BY_DISTANCE): 9.0}
     found, backend, loaded = _look(signal, scores=("attention", "distance"), to_end=20)

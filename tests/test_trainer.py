@@ -10,6 +10,7 @@ import pytest
 from doubles import FakeBackend, make_images
 from jobs import copy_of, make_job
 
+from edgetune import trainer
 from edgetune.alast import AlastState
 from edgetune.job import Diverged, Interruption, Job, OverCap, StepEvent, TrainingState
 from edgetune.report import Scores
@@ -155,6 +156,47 @@ def test_a_broken_model_never_becomes_the_best(image_folder: Path) -> None:
         train(job)
     assert kept == [job.steps_per_epoch]
     assert job.state.best_epoch == 1
+
+
+def _told_at_each_epoch(job: Job, accuracies: list[float], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Train with these validation accuracies, the start's first; at which steps a model was kept."""
+    kept: list[int] = []
+    job.keep_best = lambda _tokens: kept.append(job.state.step)
+    told = iter(accuracies)
+    monkeypatch.setattr(
+        trainer,
+        "evaluate",
+        lambda *_: Scores(
+            accuracy=(share := next(told)), balanced_accuracy=share, loss=1.0, topk_accuracy=None, topk=1, recall=(), images=9
+        ),
+    )  # fmt: skip
+    train(job)
+    return kept
+
+
+@pytest.mark.parametrize(("after", "best_epoch"), [([0.5, 0.6], 0), ([0.8, 0.5], 0), ([0.5, 0.9], 2), ([0.9, 0.85], 1)])
+def test_a_run_that_starts_with_a_fitted_classifier_never_ends_with_a_worse_model(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, after: list[float], best_epoch: int
+) -> None:
+    job, watcher, _ = make_job(image_folder, epochs=2)
+    job.starts_fitted = True
+    kept = _told_at_each_epoch(job, [0.8, *after], monkeypatch)
+    assert job.state.best_epoch == best_epoch
+    assert job.state.best is not None
+    assert job.state.best.accuracy == max(0.8, *after)
+    assert kept == [0, best_epoch * job.steps_per_epoch][: 1 + (best_epoch > 0)]
+    said = [note for note in job.state.notes if "as well as the start" in note]
+    assert len(said) == (best_epoch == 0)
+    assert all("Try a lower --lr than 0.1." in note for note in said)
+    assert watcher.notes[0].startswith("start  validation")
+
+
+def test_a_start_without_a_fitted_classifier_is_no_candidate(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _, _ = make_job(image_folder, epochs=2)
+    assert _told_at_each_epoch(job, [0.8, 0.5, 0.6], monkeypatch) == [job.steps_per_epoch, 2 * job.steps_per_epoch]
+    assert job.state.best_epoch == 2
 
 
 def test_the_rate_warms_up_and_falls_to_nearly_nothing(image_folder: Path) -> None:
