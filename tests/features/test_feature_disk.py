@@ -221,6 +221,12 @@ def test_a_file_where_the_folder_should_be_is_met_as_a_full_disk(tmp_path: Path,
     assert (base if place == "base" else base / KEY.folder_name()).read_bytes() == b"mine"
 
 
+def test_a_folder_whose_path_is_too_long_is_met_as_a_full_disk(tmp_path: Path) -> None:
+    store = fill(tmp_path / ("x" * 300), KEY, IDS, VALUES)
+    assert store.full == "File name too long"
+    assert not store.present.any()
+
+
 def test_what_a_killed_process_left_half_made_is_removed(tmp_path: Path) -> None:
     store = fill(tmp_path, KEY, IDS, VALUES)
     half = store.folder / ".tmp-0123456789ab"
