@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ from PIL import Image
 from edgetune import caching, planner, trainer
 from edgetune.caching import CachedImages
 from edgetune.data import images as decoding
-from edgetune.errors import DoesNotFit, Interrupted, UsageError
+from edgetune.errors import DoesNotFit, FeaturesDamaged, Interrupted, UsageError
 from edgetune.features import FeatureStore
 from edgetune.inference import evaluate, load_run
 from edgetune.planner import Plan, PlanRequest
@@ -465,6 +466,23 @@ def test_a_cached_run_that_was_stopped_goes_on_as_if_it_had_not(images: Path, tm
     ).read_bytes()
     assert report.dropped_weights_bytes
     assert report.pictures_written_bytes == read_report(tmp_path / "whole").pictures_written_bytes != 0
+
+
+def test_a_run_whose_cache_is_removed_meanwhile_says_so_and_can_be_gone_on_with(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "whole", **EXACT)
+    folder, cache = tmp_path / "run", tmp_path / "run" / "cache"
+    witness = Witness(lambda event: shutil.rmtree(cache) if event.step == 6 else None)
+    with pytest.raises(FeaturesDamaged) as ended:
+        finetune(images, folder, witness, **EXACT)
+    assert re.fullmatch(
+        rf"Cached features can't be read back: {cache}/\S+\.chunk is not there any more\. "
+        rf"What is missing or damaged is computed again by: edgetune finetune --resume {folder}",
+        str(ended.value),
+    )
+    assert (read_report(folder).stopped_because, read_report(folder).steps) == ("failed", 6)
+    report = resume(folder)
+    assert report.cache_written_bytes
+    assert losses(folder) == losses(tmp_path / "whole")
 
 
 def test_a_run_killed_while_it_caches_goes_on_with_what_is_there(

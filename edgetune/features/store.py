@@ -24,6 +24,7 @@ from edgetune.features.index import Index
 from edgetune.features.keys import FeatureKey
 
 KEY_FILE = "key.json"
+_UNREADABLE = "Cached features can't be read back:"
 
 Progress = Callable[[int, int], None]
 Places = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -292,7 +293,8 @@ class FeatureStore:
     def read(self, indices: Places, out: npt.NDArray[np.float32]) -> None:
         """Read the features of the places `indices` into `out` (n, stored_tokens, width).
 
-        Raises: FeaturesDamaged if they no longer match their checksum or can't be read. ValueError if they are not
+        Raises: FeaturesDamaged if they are gone, no longer match their checksum or can't be read. What to do about it is
+        the caller's to say. ValueError if they are not
         present or `out` has another shape.
         """
         wanted = (len(indices), self.key.stored_tokens, self.key.width)
@@ -309,11 +311,12 @@ class FeatureStore:
                         offset = chunks.header_bytes(count) + entry.slot * self._entry_bytes
                         self._read_entry(file, offset, entry.crc)
                         out[entry.position] = values
-            except (OSError, chunks.DamagedChunk) as error:
-                raise FeaturesDamaged(
-                    f"Cached features can't be read back: {path} {_reason(error)}. Its disk may be failing. "
-                    "Continue with --resume: what is damaged is computed again."
-                ) from error
+            except FileNotFoundError as error:
+                raise FeaturesDamaged(f"{_UNREADABLE} {path} is not there any more.") from error
+            except OSError as error:
+                raise FeaturesDamaged(f"{_UNREADABLE} {path} can't be read: {_reason(error)}.") from error
+            except chunks.DamagedChunk as error:
+                raise FeaturesDamaged(f"{_UNREADABLE} {path} {error}.") from error
 
     def _read_entry(self, file: BinaryIO, offset: int, crc: int) -> None:
         assert self._buffer is not None
