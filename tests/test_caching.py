@@ -282,7 +282,10 @@ def test_what_another_run_caches_meanwhile_is_not_computed_again(
         alone = put_through(patch)
         run(images, tmp_path / "one", **EXACT, cache_dir=str(theirs), prefix_cache=True)
     computed = put_through(monkeypatch, lambda: shutil.copytree(theirs, ours))
-    report, _ = run(images, tmp_path / "two", **EXACT, cache_dir=str(ours), prefix_cache=True)
+    witness, told = Witness(), []
+    witness.progress = lambda *what: told.append(what)  # type: ignore[method-assign]
+    report = finetune(images, tmp_path / "two", witness, **EXACT, cache_dir=str(ours), prefix_cache=True)
+    assert told.count(("cache training images", 32, 32)) == 1
     assert sum(alone) == 40
     # What was put through, or loaded for it, before the first chunk was to be written.
     assert sum(computed) <= 3 * max(alone)
