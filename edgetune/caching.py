@@ -12,6 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -358,23 +359,19 @@ def _put_through(
     job: Job, features: Features, parts: Sequence[CachedImages], missing: Places, images: ImageSet, *, training: bool
 ) -> None:
     """Compute what is `missing` in all of `parts`, until one of them is full."""
-    total, done = len(missing), 0
-    read = _reader(job, images, training=training)
-    what = "cache training images" if training else "cache validation images"
-    prefix, count = features.prefix, parts[0].count
-
-    def batches() -> Iterator[tuple[Places, Images]]:
-        for view in range(parts[0].views):
-            here = missing[missing // count == view]
-            for start in range(0, len(here), job.plan.cache_batch):
-                places = here[start : start + job.plan.cache_batch]
-                yield places, read(places % count, view)[0]
-
     if any(part.store.full for part in parts):
         return
+    read = _reader(job, images, training=training)
+    what = "cache training images" if training else "cache validation images"
+    prefix, count, done = features.prefix, parts[0].count, 0
+
+    def batches() -> Iterator[tuple[int, Places, Images]]:
+        for passed, places in _still_missing(parts, missing, job.plan.cache_batch):
+            yield passed, places, read(places % count, int(places[0]) // count)[0]
+
     try:
         with closing(prefetch(batches(), depth=batches_ahead(job, training=training))) as source:
-            for places, inputs in source:
+            for done, places, inputs in source:
                 if job.stop.is_set():
                     raise Interruption
                 if len(parts) > 1:
@@ -384,10 +381,33 @@ def _put_through(
                     found = [job.backend.features(inputs, parts[0].patch_tokens, pooled=prefix.pooled)]
                 for part, values in zip(parts, found, strict=True):
                     part.store.add(places, values)
-                done += len(places)
-                job.listener.progress(what, done, total)
+                job.listener.progress(what, done, len(missing))
                 if any(part.store.full for part in parts):
                     return
+        if done < len(missing):
+            job.listener.progress(what, len(missing), len(missing))  # the last were another run's
     finally:
         for part in parts:
             part.store.flush()
+
+
+def _still_missing(parts: Sequence[CachedImages], missing: Places, size: int) -> Iterator[tuple[int, Places]]:
+    """`missing`, which is sorted, in batches of one view each, without what another run has added meanwhile; and how many are done then.
+
+    In order, until another run is met: it began at the same end, so from then on in an order of this run's own, which
+    leaves the two little to do twice.
+    """
+    count = parts[0].count
+    edges = np.searchsorted(missing, count * np.arange(parts[0].views + 1))
+    starts = np.concatenate([np.arange(start, end, size) for start, end in pairwise(edges)])
+    done, in_order = 0, True
+    for number in range(len(starts)):
+        if in_order and any(part.store.meets_another for part in parts):
+            np.random.default_rng().shuffle(starts[number:])  # seeded alike, the runs would stay side by side
+            in_order = False
+        batch = missing[starts[number] : starts[number] + size]
+        batch = batch[batch // count == batch[0] // count]
+        done += len(batch)
+        there = np.all([part.store.present[batch] for part in parts], axis=0)
+        if not there.all():
+            yield done, batch[~there]

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from edgetune import system
+from edgetune.checkpoint.files import disk_errors
 from edgetune.cost import ViTShape
 from edgetune.data import DataFolder, Pictures, Preprocess, bundled_sample, class_weights, open_folder, some
 from edgetune.enforce import by_rlimit, rehearse
@@ -305,8 +306,20 @@ def scratch_bytes(folder: Path) -> int:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest above it that exists."""
-    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+    """The cache's folder, or the nearest above it that exists.
+
+    Raises: RunFolderError if the system does not say: a name that is too long, a folder that may not be searched.
+    """
+    with disk_errors(folder, "used for the cache"):
+        return next(parent for parent in (folder, *folder.parents) if _is_there(parent))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def cache_folder(settings: RunSettings, run_folder: Path) -> Path:

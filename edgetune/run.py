@@ -7,6 +7,7 @@ runtime); everything after it is training. `session.py` trains, `outcome.py` tur
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import time
 from contextlib import ExitStack
@@ -63,7 +64,7 @@ def finetune(
     stored_plan = None if plan_file is None else read_plan(plan_file)
     if stored_plan is not None:
         settings = settings_of_plan(settings, stored_plan)
-    existed = output is not None and output.exists()
+    existed = output is not None and os.path.lexists(output)  # never raises: what is wrong with it is said next
     path = create_run_folder(None, settings.model, profile.id, output)
     with memory_ends("in the run"), MemoryMeter() as meter, open_run_folder(path), ExitStack() as stack:
         stack.enter_context(system.pinned_cores(profile.cores))

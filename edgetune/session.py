@@ -23,7 +23,7 @@ from edgetune.cost import FLOAT_BYTES
 from edgetune.data import timm_augment
 from edgetune.engines import engine_of
 from edgetune.errors import CapExceeded, DoesNotFit, EdgetuneError, Interrupted
-from edgetune.features import FeaturesOverflow
+from edgetune.features import FeaturesDamaged, FeaturesOverflow
 from edgetune.guard import Guard, memory_ends
 from edgetune.heads import fit_head
 from edgetune.job import Diverged, Interruption, Job, Listener, NoMemory, OverCap, TrainingState
@@ -306,7 +306,10 @@ def _train(session: Session, job: Job) -> tuple[str, EdgetuneError | None]:
                     raise
                 # An image that has gone, a full disk: the state is that of the last whole step.
                 _save(session, job)
-                failure.args = (f"{_what_stopped(session, job, failure)} When that is mended, go on with: {go_on}",)
+                advice = "When that is mended, go on with:"
+                if isinstance(failure, FeaturesDamaged):  # this run may have let go what computes them
+                    advice = "What is missing or damaged is computed again by:"
+                failure.args = (f"{_what_stopped(session, job, failure)} {advice} {go_on}",)
                 return "failed", failure
             reason = reason_of(failure) + (", under tighter plans too" if isinstance(failure, NoMemory) else "")
             forget(failure)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from edgetune.features import FeatureKey, FeatureStore, entry_id
+from edgetune.features import FeatureKey, FeatureStore, chunks, entry_id
 
 Array = npt.NDArray[np.float32]
 
@@ -58,6 +58,16 @@ def fill(folder: Path, key: FeatureKey, ids: list[bytes], values: Array, **optio
 
 def chunk_files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.chunk"))
+
+
+def stored_ids(folder: Path, key: FeatureKey) -> list[bytes]:
+    """Of every entry on the disk."""
+    found: list[bytes] = []
+    for path in chunk_files(folder):
+        with path.open("rb") as file:
+            ids = chunks.read_header(file, key.sha256(), key.entry_bytes).ids
+            found += [one.ljust(16, b"\0") for one in ids.tolist()]  # numpy leaves zeros at the end out
+    return found
 
 
 def disk_bytes(folder: Path) -> int:

@@ -77,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
         "backends", "checkpoint", "cost", "data", "errors", "memory", "own_images", "report", "settings", "store", "system", "units", "vit",
     },
     "prepare": {
-        "cost", "data", "enforce", "engines", "errors", "features", "job", "judge", "memory", "methods", "planner",
+        "checkpoint", "cost", "data", "enforce", "engines", "errors", "features", "job", "judge", "memory", "methods", "planner",
         "profiles", "settings", "shapes", "system", "units", "warmup",
     },
     "look": {"backends", "cost", "data", "features", "planner", "probes"},

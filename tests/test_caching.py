@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from doubles import make_images
+from feature_cases import make_ids, make_key, read
 from running import SECONDS, Witness, command, environment, finetune, interrupt_after, losses, resume
 
 pytest.importorskip("torch")
@@ -21,9 +27,11 @@ import timm
 import torch
 from PIL import Image
 
-from edgetune import planner, trainer
+from edgetune import caching, planner, trainer
+from edgetune.caching import CachedImages
 from edgetune.data import images as decoding
-from edgetune.errors import DoesNotFit, Interrupted, UsageError
+from edgetune.errors import DoesNotFit, FeaturesDamaged, Interrupted, UsageError
+from edgetune.features import FeatureStore
 from edgetune.inference import evaluate, load_run
 from edgetune.planner import Plan, PlanRequest
 from edgetune.report import RunReport, read_report
@@ -269,6 +277,104 @@ def test_a_cache_of_something_else_is_not_used(images: Path, tmp_path: Path, cha
     assert other.cached_blocks == change.get("split_block", 8)
 
 
+def put_through(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], object] = lambda: None) -> list[int]:
+    """How many images each call puts through the frozen blocks; `meanwhile` is what happens during the first."""
+    from edgetune.backends.pytorch import TorchBackend
+
+    counts: list[int] = []
+    plain = TorchBackend.features
+
+    def counted(self: TorchBackend, inputs: Any, *rest: Any, **more: Any) -> Any:
+        if not counts:
+            meanwhile()
+        counts.append(len(inputs))
+        return plain(self, inputs, *rest, **more)
+
+    monkeypatch.setattr(TorchBackend, "features", counted)
+    return counts
+
+
+def test_what_another_run_caches_meanwhile_is_not_computed_again(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgetune.features import chunks as chunk_files
+
+    monkeypatch.setattr(chunk_files, "CHUNK_BYTES", 100_000)  # six images
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    with monkeypatch.context() as patch:
+        alone = put_through(patch)
+        run(images, tmp_path / "one", **EXACT, cache_dir=str(theirs), prefix_cache=True)
+    computed = put_through(monkeypatch, lambda: shutil.copytree(theirs, ours))
+    witness, told = Witness(), []
+    witness.progress = lambda *what: told.append(what)  # type: ignore[method-assign]
+    report = finetune(images, tmp_path / "two", witness, **EXACT, cache_dir=str(ours), prefix_cache=True)
+    assert told.count(("cache training images", 32, 32)) == 1
+    assert sum(alone) == 40
+    # What was put through, or loaded for it, before the first chunk was to be written.
+    assert sum(computed) <= 3 * max(alone)
+    assert report.cache_written_bytes == 0
+    assert chunks(ours) == [ours / path.relative_to(theirs) for path in chunks(theirs)]
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_runs_that_go_side_by_side_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, views: int) -> None:
+    key, ids = make_key(stored_tokens=1, width=1), make_ids(1200)
+    monkeypatch.setattr("edgetune.features.chunks.CHUNK_BYTES", 16 * key.entry_bytes)
+    values, computed = np.arange(1200, dtype=np.float32).reshape(-1, 1, 1), []
+    stores = [FeatureStore.open(tmp_path, key, ids) for _ in range(3)]
+    parts = [[CachedImages(store, 1200 // views, views, (1,))] for store in stores]
+    # 7 divides no view's images.
+    waiting = [caching._still_missing(part, store.missing(), 7) for part, store in zip(parts, stores, strict=True)]
+    for batches in zip_longest(*waiting):
+        for store, batch in zip(stores, batches, strict=True):
+            if batch is not None:
+                assert len(set(batch[1] // (1200 // views))) == 1
+                store.add(batch[1], values[batch[1]])
+                computed.extend(batch[1])
+    for store in stores:
+        store.close()
+        assert store.is_whole
+        np.testing.assert_array_equal(read(store, range(1200)), values)
+    assert len(computed) < 1.5 * 1200
+
+
+def test_two_runs_that_start_together_on_one_cache_write_it_once_within_its_limit(images: Path, tmp_path: Path) -> None:
+    alone, _ = run(images, tmp_path / "alone", **EXACT)
+    assert alone.cache_bytes is not None
+    cache = tmp_path / "shared"
+    flags = ["--model", "edgetune_micro", "--device", "jetson-nano", "-b", "8", "--threads", "1", "--seed", "2"]
+    flags += ["--epochs", "3", "--method", "last-k", "--split", "8", "--cache-precision", "float32"]
+    flags += ["--data", str(images), "--cache", str(cache), "--cache-limit", str(alone.cache_bytes + 1000)]
+    folders, met = [tmp_path / "one", tmp_path / "two"], tmp_path / "met"
+    met.mkdir()
+    script = (
+        "import os, sys, time\n"
+        "from pathlib import Path\n"
+        "from edgetune.backends.pytorch import TorchBackend\n"
+        "plain, met, end = TorchBackend.features, Path(sys.argv.pop(1)), time.monotonic() + 60\n"
+        "def both(*args, **more):\n"
+        "    (met / str(os.getpid())).touch()\n"
+        "    while len(list(met.iterdir())) < 2 and time.monotonic() < end:\n"
+        "        time.sleep(0.01)\n"
+        "    return plain(*args, **more)\n"
+        "TorchBackend.features = both\n"
+        "from edgetune.__main__ import entry\n"
+        "entry()\n"
+    )
+    start = [command()[0], "-c", script, str(met), "finetune", *flags, "--output"]
+    quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "env": environment()}
+    runs = [subprocess.Popen([*start, str(folder)], **quiet) for folder in folders]
+    assert [process.wait(SECONDS) for process in runs] == [0, 0]
+    reports = [read_report(folder) for folder in folders]
+    assert sum(report.cache_written_bytes or 0 for report in reports) == sum(
+        path.stat().st_size for path in cache.rglob("*") if path.is_file()
+    )
+    for folder, report in zip(folders, reports, strict=True):
+        assert report.dropped_weights_bytes == alone.dropped_weights_bytes != 0  # its cache is whole
+        assert losses(folder) == losses(tmp_path / "alone")
+
+
 def test_an_image_that_changed_is_computed_again_and_no_other(tmp_path: Path) -> None:
     images, cache = make_images(tmp_path / "images", {"ant": 20, "bee": 20}), str(tmp_path / "shared")
     first, _ = run(images, tmp_path / "one", **EXACT, cache_dir=cache, prefix_cache=True)
@@ -386,6 +492,23 @@ def test_a_cached_run_that_was_stopped_goes_on_as_if_it_had_not(images: Path, tm
     ).read_bytes()
     assert report.dropped_weights_bytes
     assert report.pictures_written_bytes == read_report(tmp_path / "whole").pictures_written_bytes != 0
+
+
+def test_a_run_whose_cache_is_removed_meanwhile_says_so_and_can_be_gone_on_with(images: Path, tmp_path: Path) -> None:
+    run(images, tmp_path / "whole", **EXACT)
+    folder, cache = tmp_path / "run", tmp_path / "run" / "cache"
+    witness = Witness(lambda event: shutil.rmtree(cache) if event.step == 6 else None)
+    with pytest.raises(FeaturesDamaged) as ended:
+        finetune(images, folder, witness, **EXACT)
+    assert re.fullmatch(
+        rf"Cached features can't be read back: {cache}/\S+\.chunk is not there any more\. "
+        rf"What is missing or damaged is computed again by: edgetune finetune --resume {folder}",
+        str(ended.value),
+    )
+    assert (read_report(folder).stopped_because, read_report(folder).steps) == ("failed", 6)
+    report = resume(folder)
+    assert report.cache_written_bytes
+    assert losses(folder) == losses(tmp_path / "whole")
 
 
 def test_a_run_killed_while_it_caches_goes_on_with_what_is_there(

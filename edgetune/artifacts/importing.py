@@ -32,8 +32,9 @@ def import_parameters(
     manifest = read_manifest(artifacts)
     check_files(artifacts, manifest, (manifest.weights,))
     check_weights(artifacts, manifest)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunFolderError(f"{output} is not empty. Name another folder for --output.")
+    with disk_errors(output):
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise RunFolderError(f"{output} is not empty. Name another folder for --output.")
     classes = class_names(manifest, labels)
     with disk_errors(buffer, "read"):
         values = np.fromfile(buffer, "<f4")

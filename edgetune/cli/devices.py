@@ -73,7 +73,11 @@ def detect_command(
     if output is not None:
         if output.suffix != ".toml" or not output.stem:
             raise UsageError(f"--output is {str(output)!r}; it must end in .toml, as my-board.toml does.")
-        if output.exists():
+        try:
+            there = output.exists()
+        except OSError as error:
+            raise UsageError(f"--output {output} can't be written: {error.strerror}. Name another file.") from error
+        if there:
             raise UsageError(f"{output} exists and is not overwritten. Name a new file for --output.")
     typer.echo("measuring speed, and what importing torch costs ...", err=True)
     profile = devices.detect_device(measure_speed=True, measure_runtime=True)

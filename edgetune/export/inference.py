@@ -13,6 +13,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from edgetune.checkpoint import write_atomically
+from edgetune.checkpoint.files import disk_errors
 from edgetune.errors import RunFolderError, UnsupportedModel
 from edgetune.store import MODEL_FILE, read_stored
 from edgetune.vit.models import load_saved
@@ -28,8 +29,9 @@ def export_inference(run: Path, output: Path) -> str:
     Raises: RunFolderError, WeightsError for a folder that is no run's; UnsupportedModel for what can't be exported, or
     comes out as another model.
     """
-    if output.exists():
-        raise RunFolderError(f"{output} is there already. Name another file.")
+    with disk_errors(output):
+        if output.exists():
+            raise RunFolderError(f"{output} is there already. Name another file.")
     stored = read_stored(run)
     model = load_saved(run, run / MODEL_FILE, classes=len(stored.classes))
     size = (stored.preprocess.height_px, stored.preprocess.width_px)

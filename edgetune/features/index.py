@@ -41,12 +41,12 @@ class Index:
         self._names: list[str] = []
         self.present = np.zeros(len(self.ranks), np.bool_)
 
-    def wanted(self, ids: Ids) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-        """Ranks of those of a chunk's ids that are in the data set, and their slots in that chunk."""
+    def missing_of(self, ids: Ids) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """Ranks of those of a chunk's ids that are in the data set and not stored yet, and their slots in that chunk."""
         if not len(self._ids):
             return np.empty(0, np.intp), np.empty(0, np.intp)
         ranks = np.searchsorted(self._ids, ids).clip(max=len(self._ids) - 1)
-        slots = np.flatnonzero(self._ids[ranks] == ids)
+        slots = np.flatnonzero((self._ids[ranks] == ids) & (self._row[ranks] < 0))
         return ranks[slots], slots
 
     def enter(self, name: str, ranks: npt.NDArray[Any], slots: npt.NDArray[Any], crcs: Crcs, count: int) -> None:
@@ -64,6 +64,10 @@ class Index:
             return False
         self._row[rank] = _STAGED
         return True
+
+    def is_staged(self, ranks: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+        staged: npt.NDArray[np.bool_] = self._row[ranks] == _STAGED
+        return staged
 
     def unstage(self, ranks: npt.NDArray[Any]) -> None:
         """Of these, what was not entered is absent again."""

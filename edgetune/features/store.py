@@ -24,6 +24,7 @@ from edgetune.features.index import Index
 from edgetune.features.keys import FeatureKey
 
 KEY_FILE = "key.json"
+_UNREADABLE = "Cached features can't be read back:"
 
 Progress = Callable[[int, int], None]
 Places = Sequence[int] | npt.NDArray[np.integer[Any]]
@@ -33,7 +34,11 @@ class FeatureStore:
     """Features of the images `ids`, named by their place in that list; made by `open`.
 
     In memory: 13 bytes a place and 16 more until all are there, one entry to read into, and while entries are added
-    one chunk (`chunk_bytes`, or an entry where that is larger). One thread may read while another adds.
+    one chunk (`chunk_bytes`, or an entry where that is larger); for as long as chunks are checked 1 MiB (or an entry)
+    and a chunk's header. One thread may read while another adds.
+
+    Several stores, of this process or of others, may add to one folder at once: each takes what the others wrote before
+    it writes itself, so that an entry is written once.
 
     Attributes:
         folder: where the files of this key are.
@@ -42,6 +47,7 @@ class FeatureStore:
         stored_bytes: on disk for this key as of the last look, entries of images not wanted included.
         written_bytes: written by this store since it was opened.
         full: why nothing more is stored, or None.
+        meets_another: whether someone else has added entries that were missing here since it was opened.
     """
 
     notes: tuple[str, ...]
@@ -49,6 +55,7 @@ class FeatureStore:
     stored_bytes: int
     written_bytes: int
     full: str | None
+    meets_another: bool
 
     def __init__(
         self,
@@ -61,11 +68,13 @@ class FeatureStore:
     ) -> None:
         self.folder, self.key, self.notes, self.full = folder, key, (), None
         self.stored_bytes = self.written_bytes = 0
+        self.meets_another = False
         self._limit_bytes, self._keep_free_bytes = limit_bytes, keep_free_bytes
         self._chunk_bytes = chunk_bytes
         self._key_sha256, self._entry_bytes = key.sha256(), key.entry_bytes
         self._index = Index(ids)
         self.present = self._index.present
+        self._seen: set[str] = set()  # names of chunks, those of no use included
         self._staging: npt.NDArray[Any] | None = None
         self._staged = np.empty(0, np.int32)  # ranks
         self._staged_count = 0
@@ -110,7 +119,7 @@ class FeatureStore:
             remove_left_behind(self.folder)
             names = chunk_names(self.folder)
             sizes = [size_of(self.folder / name) for name in names]
-            buffer = memoryview(bytearray(self._entry_bytes * max(1, chunks.CHECK_BYTES // self._entry_bytes)))
+            buffer = self._check_buffer()
             done, total = 0, sum(sizes)
             for name, size in zip(names, sizes, strict=True):
                 self._take(name, buffer)
@@ -123,15 +132,24 @@ class FeatureStore:
             if not fits:
                 self._stop(reason)
 
-    def _take(self, name: str, buffer: memoryview) -> None:
-        """Enter what a chunk holds into the index if all of it is whole; else remove it."""
+    def _check_buffer(self) -> memoryview:
+        return memoryview(bytearray(self._entry_bytes * max(1, chunks.CHECK_BYTES // self._entry_bytes)))
+
+    def _take(self, name: str, buffer: memoryview, *, useful_only: bool = False) -> bool:
+        """Enter what a chunk holds into the index if all of it is whole; else remove it. Whether anything of it was missing.
+
+        `useful_only`: where nothing was, its entries are not read.
+        """
         path = self.folder / name
+        self._seen.add(name)
         try:
             with path.open("rb", buffering=0) as file:
                 header = chunks.read_header(file, self._key_sha256, self._entry_bytes)
-                chunks.check_entries(file, header, buffer, self._entry_bytes)
+                ranks, slots = self._index.missing_of(header.ids)
+                if len(ranks) or not useful_only:
+                    chunks.check_entries(file, header, buffer, self._entry_bytes)
         except FileNotFoundError:
-            return  # another process removed it meanwhile
+            return False  # another process removed it meanwhile
         except (chunks.DamagedChunk, OSError) as error:
             what = str(error) if isinstance(error, chunks.DamagedChunk) else f"can't be read ({_reason(error)})"
             lost = error.entries if isinstance(error, chunks.DamagedChunk) else 0
@@ -144,9 +162,18 @@ class FeatureStore:
                     path.unlink()
                 except OSError as refused:
                     self.notes += (f"{path} can't be removed: {_reason(refused)}.",)
-            return
-        ranks, slots = self._index.wanted(header.ids)
-        self._index.enter(name, ranks, slots, header.crcs[slots], len(header.ids))
+            return False
+        if len(ranks):
+            self._index.enter(name, ranks, slots, header.crcs[slots], len(header.ids))
+        return bool(len(ranks))
+
+    def _take_new(self) -> None:
+        """What others have written since this store looked last."""
+        names = [name for name in chunk_names(self.folder) if name not in self._seen]
+        if names:
+            buffer = self._check_buffer()
+            taken = [self._take(name, buffer, useful_only=True) for name in names]
+            self.meets_another |= any(taken)
 
     def _update_present(self) -> None:
         self._index.update_present()
@@ -204,24 +231,37 @@ class FeatureStore:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what was added and is not on the disk yet, as far as it fits."""
+        """Write what was added and is not on the disk yet, by whoever, as far as it fits."""
         if self._staging is None or not self._staged_count:
             return
         ranks = self._staged[: self._staged_count]
         self._staged_count = 0
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_new()  # may be much, for which no other should wait
             with locked(self.folder, wait_seconds=30.0):
+                self._take_new()
+                wanted = self._only_staged(ranks)
                 fits, reason = self._room()
-                stored = min(fits, len(ranks))
+                stored = min(fits, wanted)
                 self._write(ranks[:stored], self._staging[:stored])
-                if stored < len(ranks):
+                self.stored_bytes = bytes_in(self.folder)
+                if stored < wanted:
                     self._stop(reason)
         except (OSError, RunFolderError) as error:
             self._stop(_reason(error))
         finally:
             self._index.unstage(ranks)
             self._update_present()
+
+    def _only_staged(self, ranks: npt.NDArray[np.int32]) -> int:
+        """Move what still waits to be written to the front, of `ranks` and of their entries. How many that are."""
+        assert self._staging is not None
+        waiting = np.flatnonzero(self._index.is_staged(ranks))
+        for to, origin in enumerate(waiting):  # in place: a copy would be a second chunk in memory
+            if to != origin:
+                ranks[to], self._staging[to] = ranks[origin], self._staging[origin]
+        return len(waiting)
 
     def _write(self, ranks: npt.NDArray[np.int32], entries: npt.NDArray[Any]) -> None:
         if not len(ranks):
@@ -232,9 +272,9 @@ class FeatureStore:
             write_atomically(key_file, text)
             self._wrote(len(text))
         path = chunks.new_chunk(self.folder)
+        self._seen.add(path.name)
         crcs = chunks.write_chunk(path, self._key_sha256, self._index.ids(ranks), entries, self._wrote)
         self._index.enter(path.name, ranks, np.arange(len(ranks)), crcs, len(ranks))
-        self.stored_bytes = bytes_in(self.folder)
 
     def _wrote(self, size: int) -> None:
         self.written_bytes += size
@@ -253,7 +293,8 @@ class FeatureStore:
     def read(self, indices: Places, out: npt.NDArray[np.float32]) -> None:
         """Read the features of the places `indices` into `out` (n, stored_tokens, width).
 
-        Raises: FeaturesDamaged if they no longer match their checksum or can't be read. ValueError if they are not
+        Raises: FeaturesDamaged if they are gone, no longer match their checksum or can't be read. What to do about it is
+        the caller's to say. ValueError if they are not
         present or `out` has another shape.
         """
         wanted = (len(indices), self.key.stored_tokens, self.key.width)
@@ -270,11 +311,12 @@ class FeatureStore:
                         offset = chunks.header_bytes(count) + entry.slot * self._entry_bytes
                         self._read_entry(file, offset, entry.crc)
                         out[entry.position] = values
-            except (OSError, chunks.DamagedChunk) as error:
-                raise FeaturesDamaged(
-                    f"Cached features can't be read back: {path} {_reason(error)}. Its disk may be failing. "
-                    "Continue with --resume: what is damaged is computed again."
-                ) from error
+            except FileNotFoundError as error:
+                raise FeaturesDamaged(f"{_UNREADABLE} {path} is not there any more.") from error
+            except OSError as error:
+                raise FeaturesDamaged(f"{_UNREADABLE} {path} can't be read: {_reason(error)}.") from error
+            except chunks.DamagedChunk as error:
+                raise FeaturesDamaged(f"{_UNREADABLE} {path} {error}.") from error
 
     def _read_entry(self, file: BinaryIO, offset: int, crc: int) -> None:
         assert self._buffer is not None

@@ -122,7 +122,8 @@ def read_report(path: Path) -> RunReport:
 
     Raises: RunFolderError if it is missing or damaged, or of another format than this edgetune's.
     """
-    file = path / REPORT_NAME if path.is_dir() else path
+    with disk_errors(path, "read"):
+        file = path / REPORT_NAME if path.is_dir() else path
     with disk_errors(file, "read"):
         if file.stat().st_size > _MAX_REPORT_BYTES:
             raise RunFolderError(f"{file} is no report: none is as large. Name a run folder.")

@@ -34,7 +34,11 @@ def local_folder(name: str) -> Path | None:
     if not name.startswith("local-dir:"):
         return None
     folder = Path(name.removeprefix("local-dir:"))
-    if not (folder / "config.json").is_file():
+    try:
+        there = (folder / "config.json").is_file()
+    except OSError as error:
+        raise UnknownModel(f"{folder} can't be read as a model folder: {error.strerror}. Check the path.") from error
+    if not there:
         raise UnknownModel(f"{folder} is no model folder: it has no config.json. A run folder of edgetune is one.")
     return folder
 

@@ -156,7 +156,11 @@ def _is_of(name: str, prefixes: tuple[str, ...]) -> bool:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise WeightsError(f"{path} can't be read as weights: {error.strerror}. Check the path.") from error
+    if not there:
         raise WeightsError(f"no weights file at {path}.")
     try:
         yield

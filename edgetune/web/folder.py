@@ -35,14 +35,13 @@ class PageSettings(msgspec.Struct, frozen=True, kw_only=True):
 def find_runtime(path: Path, version: str) -> Path:
     """The folder of the runtime's three files: `path` itself, an installed or unpacked npm package, or what holds one.
 
-    Raises: BackendUnavailable if they are not there, or of another version.
+    Raises: BackendUnavailable if they are not there, or of another version; RunFolderError if the path can't be read.
     """
     places = [path, path / "dist", path / "package" / "dist"]
     places += [path / RUNTIME_PACKAGE / "dist", path / "node_modules" / RUNTIME_PACKAGE / "dist"]
-    for place in places:
-        if (place / next(iter(RUNTIME_FILES))).is_file():
-            break
-    else:
+    with disk_errors(path, "read"):
+        place = next((place for place in places if (place / next(iter(RUNTIME_FILES))).is_file()), None)
+    if place is None:
         raise BackendUnavailable(
             f"--ort-web {path}: no {next(iter(RUNTIME_FILES))} there, nor in dist/ or node_modules/{RUNTIME_PACKAGE}/dist/ "
             f"below it. Get it with: {npm_line(version)}"

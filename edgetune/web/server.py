@@ -14,6 +14,7 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from edgetune.artifacts.reading import is_inside
+from edgetune.checkpoint.files import disk_errors
 from edgetune.errors import ArtifactsError, UsageError
 
 HOST = "127.0.0.1"
@@ -49,10 +50,14 @@ _TYPES = {
 def server(folder: Path, port: int) -> ThreadingHTTPServer:
     """A server that is bound and not yet running; port 0 takes a free one.
 
-    Raises: ArtifactsError if there is no page in the folder; UsageError if the port can't be had.
+    Raises: ArtifactsError if there is no page in the folder; RunFolderError if it can't be read; UsageError if the port
+    can't be had.
     """
-    if not (folder / INDEX).is_file():
-        raise ArtifactsError(f"{folder} holds no page ({INDEX}). Write one with: edgetune export ... --web {folder}")
+    with disk_errors(folder, "read"):
+        if not (folder / INDEX).is_file():
+            raise ArtifactsError(
+                f"{folder} holds no page ({INDEX}). Write one with: edgetune export ... --web {folder}"
+            )
     try:
         return _Server((HOST, port), partial(_Handler, folder.resolve()))
     except OSError as error:

@@ -23,6 +23,7 @@ from feature_cases import (
     read,
     small_disk,
     start_python,
+    stored_ids,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -220,6 +221,12 @@ def test_a_file_where_the_folder_should_be_is_met_as_a_full_disk(tmp_path: Path,
     assert (base if place == "base" else base / KEY.folder_name()).read_bytes() == b"mine"
 
 
+def test_a_folder_whose_path_is_too_long_is_met_as_a_full_disk(tmp_path: Path) -> None:
+    store = fill(tmp_path / ("x" * 300), KEY, IDS, VALUES)
+    assert store.full == "File name too long"
+    assert not store.present.any()
+
+
 def test_what_a_killed_process_left_half_made_is_removed(tmp_path: Path) -> None:
     store = fill(tmp_path, KEY, IDS, VALUES)
     half = store.folder / ".tmp-0123456789ab"
@@ -305,11 +312,14 @@ def test_after_a_kill_what_was_renamed_is_there_and_the_rest_can_be_added(tmp_pa
     assert check_right(store, values) == count
 
 
+@pytest.mark.parametrize("orders", [(1, -1), (1, 1)])
 @pytest.mark.parametrize("limit", [0, 8000])
-def test_two_writers_at_once_complete_one_store_within_one_limit(tmp_path: Path, limit: int) -> None:
+def test_two_writers_at_once_complete_one_store_within_one_limit(
+    tmp_path: Path, limit: int, orders: tuple[int, int]
+) -> None:
     count = 100
     values = make_values(KEY, count)
-    children = [start_python(WRITER, tmp_path, count, limit, 0.001, order) for order in (1, -1)]
+    children = [start_python(WRITER, tmp_path, count, limit, 0.001, order) for order in orders]
     for child in children:
         ready(child)
     most = 0
@@ -321,6 +331,7 @@ def test_two_writers_at_once_complete_one_store_within_one_limit(tmp_path: Path,
         assert child.returncode == 0
     store = FeatureStore.open(tmp_path, KEY, make_ids(count))
     present = check_right(store, values)
+    assert len(stored_ids(tmp_path, KEY)) == present  # each once
     if limit:
         assert most <= limit
         assert store.stored_bytes == disk_bytes(tmp_path) <= limit
