@@ -18,8 +18,9 @@ Array = npt.NDArray[np.float64]
 RIDGES = (1e-3, 1e-2, 1e-1)
 # Of the median squared distance between two images: the kernel's width.
 WIDTHS = (0.5, 1.0)
-# What the outputs of a ridge regression onto 0 and 1 are multiplied by to be logits.
-SCALES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0)
+# Of a classifier that blocks are trained under. A weaker ridge tells a little more of images as the blocks are, but with weights
+# so large that a step of the blocks throws it: docs/decisions/0009-prefix-cache.md.
+HEAD_RIDGE = 0.1
 
 
 def told_right(
@@ -81,7 +82,9 @@ def inverted(matrix: Array) -> Array:
 
 
 class Classifier(NamedTuple):
-    """weight (C, D) and bias (C,), float32; `told_right`: the share of images that it tells, each left out in turn."""
+    """weight (C, D) and bias (C,), float32: logits from 0 to 1. `told_right`: the share of images that it tells, each left
+    out in turn.
+    """
 
     weight: npt.NDArray[np.float32]
     bias: npt.NDArray[np.float32]
@@ -111,9 +114,6 @@ class RidgeClassifier:
         self._cross += np.einsum("bi,bc->ic", wide, targets)
 
     def fitted(self) -> Classifier:
-        """The ridge strength and the scale of the logits are those with the least cross-entropy of the kept images, each
-        left out of what tells it (exact for the strength, in closed form).
-        """
         count, mean, share = self._count, self._sum / self._count, self._targets / self._count
         products = self._products / count - mean[:, None] * mean[None, :]
         spread = _scale(np.sqrt(np.maximum(np.diag(products), 0.0)))
@@ -121,26 +121,12 @@ class RidgeClassifier:
         cross = (self._cross / count - mean[:, None] * share[None, :]) / spread[:, None]
         kept = (np.concatenate(self._kept) - mean) / spread  # (N, D)
         targets = one_hot(np.concatenate(self._labels), self._classes)
-        best: tuple[float, Array, Array, float] | None = None
-        for ridge in RIDGES:
-            inverse = inverted(products + ridge * np.eye(len(products)))
-            solved = np.einsum("de,ec->dc", inverse, cross)
-            leverage = np.einsum("nd,nd->n", np.einsum("nd,de->ne", kept, inverse), kept) / count + 1 / count
-            told = np.einsum("nd,dc->nc", kept, solved) + share
-            left_out = targets - (targets - told) / np.maximum(1 - leverage, 1e-9)[:, None]
-            right = float((left_out.argmax(axis=1) == targets.argmax(axis=1)).mean())
-            for scale in SCALES:
-                loss = _cross_entropy(scale * left_out, targets)
-                if best is None or loss < best[0]:
-                    best = loss, scale * solved, scale * share, right
-        assert best is not None
-        _, weight, bias, right = best
+        inverse = inverted(products + HEAD_RIDGE * np.eye(len(products)))
+        weight = np.einsum("de,ec->dc", inverse, cross)
+        leverage = np.einsum("nd,nd->n", np.einsum("nd,de->ne", kept, inverse), kept) / count + 1 / count
+        told = np.einsum("nd,dc->nc", kept, weight) + share
+        left_out = targets - (targets - told) / np.maximum(1 - leverage, 1e-9)[:, None]
+        right = float((left_out.argmax(axis=1) == targets.argmax(axis=1)).mean())
         weight /= spread[:, None]
-        bias = bias - np.einsum("d,dc->c", mean, weight)
+        bias = share - np.einsum("d,dc->c", mean, weight)
         return Classifier(weight.T.astype(np.float32), bias.astype(np.float32), right)
-
-
-def _cross_entropy(logits: Array, targets: Array) -> float:
-    highest = logits.max(axis=1, keepdims=True)
-    logs = logits - highest - np.log(np.exp(logits - highest).sum(axis=1, keepdims=True))
-    return float(-(logs * targets).sum(axis=1).mean())

@@ -213,7 +213,8 @@ def test_unreadable_images_are_reported_by_a_path_relative_to_the_data(tmp_path:
 def test_what_a_method_freezes_stays_bit_equal_and_the_rest_moves(
     images: Path, tmp_path: Path, method: str, options: dict[str, Any], trained: tuple[str, ...]
 ) -> None:
-    report = finetune(images, tmp_path / "r", method=method, steps=4, **options)
+    # Without the classifier first: else the start may be the best model, in which nothing has moved.
+    report = finetune(images, tmp_path / "r", method=method, steps=4, head_first=False, **options)
     assert report.method == method
     moved = changed(tmp_path / "r")
     assert all(name.startswith(trained) for name in moved)
@@ -234,7 +235,7 @@ def test_full_fine_tuning_moves_every_parameter(images: Path, tmp_path: Path) ->
 
 def test_momentum_and_sgd_train_too(images: Path, tmp_path: Path) -> None:
     for optimizer in ("momentum", "sgd"):
-        report = finetune(images, tmp_path / optimizer, optimizer=optimizer, method="last-k", steps=2)
+        report = finetune(images, tmp_path / optimizer, optimizer=optimizer, method="last-k", steps=2, head_first=False)
         assert report.steps == 2
         assert changed(tmp_path / optimizer)
 
