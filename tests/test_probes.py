@@ -108,10 +108,10 @@ def test_a_classifier_is_not_thrown_where_the_blocks_under_it_move() -> None:
     labels = RNG.integers(0, 3, 200)
     features = RNG.standard_normal((200, 20)).astype(np.float32)
     features[np.arange(200), labels] += 1.5
-    features[:, 10:] = 0.01 * features[:, 10:] + features[:, :10]  # nearly the same again
+    features[:, 10:] = 0.03 * features[:, 10:] + features[:, :10]  # nearly the same again
     found = _fitted(features, labels, 3).fitted()
     moved = features + 0.3 * RNG.standard_normal(features.shape).astype(np.float32)
-    assert np.abs((moved - features) @ found.weight.T).max() < 0.5
+    assert np.abs((moved - features) @ found.weight.T).max() < 0.3
 
 
 def test_features_that_never_change_and_classes_that_never_come_are_no_trouble() -> None:
