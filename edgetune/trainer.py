@@ -180,12 +180,12 @@ def _evaluate_start(job: Job) -> None:
     """What the model tells before the first step. With a fitted classifier it is a model as good as any that training
     makes, and it may end up as the best.
     """
-    state = job.state
-    state.before = evaluate(job, job.val_images)
-    if job.starts_fitted and _better(state.before, None, balanced=job.settings.balanced_class_weights):
+    state, before = job.state, evaluate(job, job.val_images)
+    if job.starts_fitted and _better(before, None, balanced=job.settings.balanced_class_weights):
         job.keep_best(None)
-        state.best, state.best_epoch = state.before, 0.0
-        job.listener.note(f"start  validation {state.before}  (best so far)")
+        state.best, state.best_epoch = before, 0.0
+        job.listener.note(f"start  validation {before}  (best so far)")
+    state.before = before  # last: a run that goes on after a failure above begins here
 
 
 def _evaluate_and_keep(job: Job, source: _Source) -> None:

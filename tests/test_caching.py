@@ -501,7 +501,7 @@ def test_a_run_whose_cache_is_removed_meanwhile_says_so_and_can_be_gone_on_with(
     with pytest.raises(FeaturesDamaged) as ended:
         finetune(images, folder, witness, **EXACT)
     assert re.fullmatch(
-        rf"Cached features can't be read back: {cache}/\S+\.chunk is not there any more\. "
+        rf"training stopped after step 6: Cached features can't be read back: {cache}/\S+\.chunk is not there any more\. "
         rf"What is missing or damaged is computed again by: edgetune finetune --resume {folder}",
         str(ended.value),
     )

@@ -84,7 +84,7 @@ def test_a_path_that_is_too_long_is_named_with_its_code_and_nothing_is_left(
     together = arguments[-1] == "local-dir:"
     code, said = ends([*arguments[:-1], arguments[-1] + path] if together else [*arguments, path])
     assert code == wanted
-    assert path[:10] in said.splitlines()[-1]
+    assert path[:4] in said.splitlines()[-1]  # of a long one no more is shown
     assert "Traceback" not in said
     if way == "finetune --cache":
         assert said.endswith("can't be used for the cache: File name too long. Check the path.\n")

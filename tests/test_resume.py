@@ -157,15 +157,16 @@ def test_a_run_stopped_in_an_evaluation_goes_on_to_the_same_end(
 
 
 def test_before_the_first_evaluation_the_saved_model_is_that_of_the_last_step(images: Path, tmp_path: Path) -> None:
+    plain = {**RUN, "head_first": False}  # with a fitted classifier the start is the best so far
     models = []
     with pytest.raises(Interrupted):
-        finetune(images, tmp_path / "r", interrupt_after(1), **RUN)
+        finetune(images, tmp_path / "r", interrupt_after(1), **plain)
     models.append((tmp_path / "r" / "model.safetensors").read_bytes())
     with pytest.raises(Interrupted):
         resume(tmp_path / "r", interrupt_after(3))
     models.append((tmp_path / "r" / "model.safetensors").read_bytes())
     with pytest.raises(Interrupted):
-        finetune(images, tmp_path / "three", interrupt_after(3), **RUN)
+        finetune(images, tmp_path / "three", interrupt_after(3), **plain)
     models.append((tmp_path / "three" / "model.safetensors").read_bytes())
     assert models[0] != models[1] == models[2]
 
