@@ -18,6 +18,8 @@ from pathlib import Path
 
 POLL_SECONDS = 0.003
 RUN_SECONDS = 600
+# The kernel adds up resident pages a few at a time on each core, so two readings of one peak may differ by so much.
+_COUNTED_LATE_BYTES = 1 << 20
 
 
 def watch(command: Sequence[str], errors: Path, environment: Mapping[str, str] | None = None) -> tuple[int, int]:
@@ -25,9 +27,9 @@ def watch(command: Sequence[str], errors: Path, environment: Mapping[str, str] |
 
     Its standard error goes to the file `errors`.
     """
-    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     with errors.open("wb") as file:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=file, env=environment)
+    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # what it began at is no more
     deadline, peak = time.monotonic() + RUN_SECONDS, 0
     # Popen returns after exec, so what is read here is never this process's own memory.
     while True:
@@ -40,7 +42,7 @@ def watch(command: Sequence[str], errors: Path, environment: Mapping[str, str] |
         time.sleep(POLL_SECONDS)
     process.returncode = os.waitstatus_to_exitcode(status)
     at_exit = usage.ru_maxrss * 1024
-    return process.returncode, max(peak, at_exit if at_exit > own_peak else 0)
+    return process.returncode, max(peak, at_exit if at_exit > own_peak + _COUNTED_LATE_BYTES else 0)
 
 
 def held_bytes(status: Path) -> int:
