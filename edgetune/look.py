@@ -110,13 +110,20 @@ def find(
     by_split = {block: told_right(part, labels) for block, part in zip(splits, at_blocks, strict=True)}
     whole = told_right(at_end, labels[:count])
     by_pixels = told_right(pixels, labels, standardised=False)
+
+    def of_first(told: Correct, features: Floats, *, standardised: bool = True) -> Correct:
+        """Of those that are put through the whole model alone, what was `told` of all by the same features."""
+        if count == len(labels):
+            return told
+        return told_right(features[:count], labels[:count], standardised=standardised)
+
     line = "a classifier on what a block is given tells " + ", ".join(
         f"{correct.mean():.1%} (block {block})" for block, correct in by_split.items()
     )
     line += f", one on the bare pixels {by_pixels.mean():.1%} of {len(labels)} training images"
     end = f"at the end of the frozen model {whole.mean():.1%}"
     if not loses_nothing(max(by_split.values(), key=np.sum), by_pixels) and not loses_nothing(
-        whole, told_right(pixels[:count], labels[:count], standardised=False)
+        whole, of_first(by_pixels, pixels, standardised=False)
     ):
         _let_go(keeps)
         line += f", {end} of {count}: the pretrained blocks fit this task badly, and as much trains as can"
@@ -128,7 +135,7 @@ def find(
         keeps = None
     if not scores or not split:
         return Found(split, 1.0, (line,), looked=keeps)
-    at_split = told_right(at_blocks[splits.index(split)][:count], labels[:count])
+    at_split = of_first(by_split[split], at_blocks[splits.index(split)])
     if not loses_nothing(whole, at_split):
         end += f" of {count}, at the split {at_split.mean():.1%}: what is above learns anew, from all patch tokens"
         return Found(split, 1.0, (line, end), looked=keeps)
