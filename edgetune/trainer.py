@@ -181,7 +181,8 @@ def _evaluate_start(job: Job) -> None:
     makes, and it may end up as the best.
     """
     state, before = job.state, evaluate(job, job.val_images)
-    if job.starts_fitted and _better(before, None, balanced=job.settings.balanced_class_weights):
+    told = _accuracy(before, balanced=job.settings.balanced_class_weights)
+    if job.starts_fitted and is_better(told, None):
         job.keep_best(None)
         state.best, state.best_epoch = before, 0.0
         job.listener.note(f"start  validation {before}  (best so far)")
@@ -214,14 +215,17 @@ def _evaluate_and_keep(job: Job, source: _Source) -> None:
     job.checkpoint(state)
 
 
-def _better(scores: Scores, best: Scores | None, *, balanced: bool) -> bool:
-    """By accuracy (balanced, where the loss is), at a tie by loss: small validation sets tie often."""
-    new, old = (
-        None if part is None else part.balanced_accuracy if balanced else part.accuracy for part in (scores, best)
-    )
-    if best is not None and new is not None and new == old and scores.loss is not None and best.loss is not None:
+def _better(scores: Scores, best: Scores, *, balanced: bool) -> bool:
+    """By accuracy, at a tie by loss: small validation sets tie often."""
+    new, old = _accuracy(scores, balanced=balanced), _accuracy(best, balanced=balanced)
+    if new is not None and new == old and scores.loss is not None and best.loss is not None:
         return scores.loss < best.loss
     return is_better(new, old)
+
+
+def _accuracy(scores: Scores, *, balanced: bool) -> float | None:
+    """What models are compared by: balanced, where the loss is."""
+    return scores.balanced_accuracy if balanced else scores.accuracy
 
 
 def evaluate(job: Job, images: ImageSet, give_back: Callable[[], None] = lambda: None, use: Use = "evaluate") -> Scores:
