@@ -8,10 +8,12 @@
 Tasks: the bundled model (pretrained on clothes) on handwritten digits, a ViT-S/14 on photographs of solar cells at
 112 px, and the same on small pictures of clothes. Clothes were meant as a check, after how `--split auto` chooses was settled by
 looking at the other two; the check failed (0.794 to full fine-tuning's 0.830, seed 0), and the rule that keeps all tokens where
-the frozen end tells less than the split comes from it. So no task here is one on which no choice was made. Every run is `edgetune finetune` in a process of its own, and keeps its best epoch by its own validation images.
-The saved models are judged by images that no run has seen. Full fine-tuning gets the best of three rates, by those very
-images (of those within a point of each other, by three seeds); so does a split at block 8, whose best rate the other splits take. `--split auto` runs at the default rate. The
-finalists run with three seeds, and are compared with full fine-tuning image by image.
+the frozen end tells less than the split comes from it. So no task here is one on which no choice was made.
+
+Every run is `edgetune finetune` in a process of its own, and keeps its best epoch by its own validation images. The saved
+models are judged by images that no run has seen. Full fine-tuning gets the best of three rates, by those very images (of those
+within a point of each other, by three seeds); so does a split at block 8, whose best rate the other splits take. `--split
+auto` runs at the default rate. The finalists run with three seeds, and are compared with full fine-tuning image by image.
 
 A part's text is kept in `benchmarks/results`, split_study.md is all of them. Costs come from runs of their own (`--part
 cost`, and of the default on solar cells `--part solar-cost`), one after the other: nothing else may run beside them.

@@ -26,7 +26,7 @@ from edgetune.memory import MemoryMeter, limit_allocator
 from edgetune.methods import METHODS, adaptive_obstacle, check_model, space_of
 from edgetune.planner import LEAST_LOOKED_AT, LEAST_PASSES, CacheRequest, Plan, PlanRequest, replayed, views_that_fit
 from edgetune.profiles import DeviceProfile
-from edgetune.settings import RunSettings, looks_for_split
+from edgetune.settings import RunSettings, looks_for_split, names_what_trains
 from edgetune.shapes import known_shapes
 from edgetune.units import MIB
 from edgetune.warmup import settle_interned_strings, warm_up_data
@@ -160,8 +160,8 @@ def prepare(
     for note in notes:
         listener.note(note)
     # Who names what trains knows that nothing is looked for, unless it was asked for as well.
-    names_it = (settings.split_block, settings.trained_blocks) != (None, None)
-    looks = stored_plan is None and looks_for_split(settings) and (settings.split == "auto" or not names_it)
+    asked = settings.split == "auto" or not names_what_trains(settings)
+    looks = stored_plan is None and looks_for_split(settings) and asked
     refusal = why_not_looked(settings, request, data.train.labels) if looks else None
     if refusal is not None:
         looks = False
@@ -209,7 +209,7 @@ def why_not_looked(settings: RunSettings, request: PlanRequest, labels: Sequence
     """Why the split is not found by looking at the images; None: it is. That takes a pretrained model that has something to
     freeze, nobody who named what, and enough images, which are seen often enough for it to pay.
     """
-    if (settings.split_block, settings.trained_blocks) != (None, None):
+    if names_what_trains(settings):
         return "what trains is named"
     if not settings.pretrained:
         return "the model is not pretrained"

@@ -114,6 +114,7 @@ class RidgeClassifier:
         self._cross += np.einsum("bi,bc->ic", wide, targets)
 
     def fitted(self) -> Classifier:
+        """Of all images that were added; judged by the kept ones, each left out of what tells it (exact, in closed form)."""
         count, mean, share = self._count, self._sum / self._count, self._targets / self._count
         products = self._products / count - mean[:, None] * mean[None, :]
         spread = _scale(np.sqrt(np.maximum(np.diag(products), 0.0)))

@@ -175,6 +175,11 @@ def looks_for_split(settings: RunSettings) -> bool:
     return settings.split == "auto"
 
 
+def names_what_trains(settings: RunSettings) -> bool:
+    """Whether the split or the number of blocks that train is said."""
+    return (settings.split_block, settings.trained_blocks) != (None, None)
+
+
 def names_budgets(settings: RunSettings) -> bool:
     """Whether anything is said of how tokens are pruned by budget."""
     asked = (settings.alast, settings.token_floor, settings.token_ceiling)

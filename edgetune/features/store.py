@@ -293,9 +293,8 @@ class FeatureStore:
     def read(self, indices: Places, out: npt.NDArray[np.float32]) -> None:
         """Read the features of the places `indices` into `out` (n, stored_tokens, width).
 
-        Raises: FeaturesDamaged if they are gone, no longer match their checksum or can't be read. What to do about it is
-        the caller's to say. ValueError if they are not
-        present or `out` has another shape.
+        Raises: FeaturesDamaged if they are gone, no longer match their checksum or can't be read: what to do about it is
+        the caller's to say. ValueError if they are not present or `out` has another shape.
         """
         wanted = (len(indices), self.key.stored_tokens, self.key.width)
         if out.shape != wanted:
